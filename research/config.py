@@ -1,0 +1,304 @@
+"""The experiment as frozen dataclasses: every knob with its unit, its default and its check.
+
+Each dataclass checks the types and values of its own fields when it is made. So a mistake is found in one place with
+one message, whether it came from a config file, from the command line or from a run's config.json.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import PurePosixPath
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from research.errors import UserError
+
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "none"}
+
+field_types = cache(get_type_hints)
+"""Map each field of a config dataclass to its type: `field_types(MeshConfig)["data"]` is `int`."""
+
+
+def type_name(annotation: Any) -> str:
+    """Return a field's type in words, as the end of "give ..."."""
+    if get_origin(annotation) is tuple:
+        return f"a tuple, each item {type_name(get_args(annotation)[0])}"
+    if isinstance(annotation, UnionType):
+        return " or ".join(map(type_name, get_args(annotation)))
+    return _TYPE_NAMES.get(annotation) or f"a {annotation.__name__}"
+
+
+def _conform(value: Any, annotation: Any) -> Any:
+    """Return `value` as `annotation` (an integer may stand for a number, a list for a tuple), or raise TypeError."""
+    if get_origin(annotation) is tuple and isinstance(value, list | tuple):
+        return tuple(_conform(item, get_args(annotation)[0]) for item in value)
+    if annotation is float and type(value) is int:
+        return float(value)
+    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if type(value) not in allowed:  # not isinstance: True is no integer
+        raise TypeError
+    return value
+
+
+def _check_types(config: Any, section: str) -> None:
+    """Raise UserError for the first field of `config` of a wrong type or not finite; `section` is like "mesh."."""
+    for name, annotation in field_types(type(config)).items():
+        value = getattr(config, name)
+        try:
+            conforming = _conform(value, annotation)
+        except TypeError:
+            raise UserError(f"{section}{name}={value!r:.80}: give {type_name(annotation)}") from None
+        finite = not isinstance(conforming, float) or math.isfinite(conforming)
+        _require(finite, f"{section}{name}={value!r}: give a finite number")
+        object.__setattr__(config, name, conforming)  # the way of frozen dataclasses to set a field while being made
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the device mesh; at most one may be -1 = what is left of the devices."""
+
+    data: int = 1
+    """Replicas that each see other examples."""
+    fsdp: int = 1
+    """Like data, and the parameters are split as well."""
+    tensor: int = 1
+    """Ways in which every weight matrix is split (Megatron layout)."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "mesh.")
+        sizes = {axis.name: getattr(self, axis.name) for axis in fields(self)}
+        for name, size in sizes.items():
+            _require(size >= 1 or size == -1, f"mesh.{name}={size}: give a size of at least 1, or -1 for what is left")
+        _require(list(sizes.values()).count(-1) <= 1, f"mesh {sizes}: only one size may be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which number format the tensors get whose path matches.
+
+    Paths look like "layers/attention/q_dnh"; `match` is a regular expression for the whole path; the first rule
+    that matches wins; a rule that matches nothing is an error.
+    """
+
+    match: str
+    """Regular expression for the whole path of a parameter."""
+    weight: str = "fp32"
+    """Grid of the weight: fp32, bf16, fp16 or int8."""
+    granularity: str = "channel"
+    """What shares one scale: tensor, channel (one per output channel) or group:32 (along the contraction axis)."""
+    activation: str = "none"
+    """Grid of the activation that this weight multiplies: none, or int8 (per token, symmetric, dynamic)."""
+    axes: str = ""
+    """Axis letters of the weight where its own model doesn't tell them, e.g. "io"."""
+    contract: str = ""
+    """Those of the letters that a product sums over, e.g. "i"."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "quantization: Rule.")
+        _require(bool(self.match), "quantization: Rule.match is empty: give a regular expression for parameter paths")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            message = f"quantization: Rule.match={self.match!r} is not a regular expression: {error}"
+            raise UserError(message) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What the model learns: text in, one of a few labels out."""
+
+    name: str = "sms_spam"
+    """Registered task (sms_spam, trec), or own_data with a path."""
+    path: str = ""
+    """own_data: a .jsonl or .csv file."""
+    text_column: str = "text"
+    """own_data: column that holds the text."""
+    label_column: str = "label"
+    """own_data: column that holds the label."""
+    prompt: str = ""
+    """Text put around a message; {text} stands for it. Empty: the task's own prompt."""
+    chat: bool = True
+    """Whether the prompt goes through the foundation's chat template as a user's turn."""
+    lengths: tuple[int, ...] = (32, 48, 64, 96, 128)
+    """Sequence lengths in tokens that batches are padded to; longer examples are cut at the largest and counted."""
+    train_examples: int = 0
+    """Use only the first N training examples of the split; 0 = all."""
+    validation_examples: int = 100
+    """Use only the first N validation examples of the split; 0 = all."""
+    test_examples: int = 200
+    """Use only the first N test examples of the split; 0 = all."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "task.")
+        _require(
+            (self.name == "own_data") == bool(self.path),
+            f"task.name={self.name!r} with task.path={self.path!r}: own_data needs a path, and only own_data reads one",
+        )
+        _require(len(self.lengths) > 0, "task.lengths is empty: give at least one sequence length in tokens")
+        _require(
+            list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] > 0,
+            f"task.lengths={self.lengths}: give increasing positive numbers of tokens",
+        )
+        for name in ("train_examples", "validation_examples", "test_examples"):
+            _require(getattr(self, name) >= 0, f"task.{name}={getattr(self, name)}: give 0 (all) or more")
+        _require(not self.prompt or "{text}" in self.prompt, f"task.prompt={self.prompt!r}: it must contain {{text}}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine decay and clipping."""
+
+    learning_rate: float = 5e-5
+    """Peak of the schedule."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    warmup_steps: int = 5
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled decay of the float32 latents; norms are not decayed."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "optimizer.")
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: give a positive number")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: give a positive number")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: give 0 or more")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: give 0 or more")
+        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction}: give 0 to 1")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)}: give 0 to below 1")
+        _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}: give a positive number")
+
+
+DTYPES = ("float32", "bfloat16")
+REMATERIALIZATION = ("none", "full", "dots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and in which arithmetic."""
+
+    steps: int = 50
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Examples per optimizer step, over all devices."""
+    accumulate: int = 1
+    """Micro-batches that one optimizer step is split into."""
+    compute_dtype: str = "float32"
+    """Dtype of activations: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """Dtype of the on-grid parameters that the model uses: float32 or bfloat16."""
+    rematerialize: str = "none"
+    """What the backward pass computes anew: none, full (each layer) or dots (all but matrix products)."""
+    unroll: int = 1
+    """Layers per iteration of the scan: more compile time for more speed."""
+    loss_chunk: int = 256
+    """Answer positions whose logits exist at one time."""
+    max_nonfinite: int = 3
+    """Skipped non-finite steps in a row after which the run stops."""
+    seed: int = 0
+    """Seed of data order and initialisation."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "train.")
+        for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "max_nonfinite"):
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: give 1 or more")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate}",
+        )
+        for name in ("compute_dtype", "param_dtype"):
+            _require(getattr(self, name) in DTYPES, f"train.{name}={getattr(self, name)!r}: give one of {DTYPES}")
+        _require(
+            self.rematerialize in REMATERIALIZATION,
+            f"train.rematerialize={self.rematerialize!r}: give one of {REMATERIALIZATION}",
+        )
+        _require(0 <= self.seed < 2**32, f"train.seed={self.seed}: give 0 to 2**32 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a model is scored."""
+
+    batch_size: int = 16
+    """Examples per forward."""
+    every_steps: int = 0
+    """Optimizer steps between validations; 0 = only at the end."""
+    bootstrap_samples: int = 1000
+    """Resamples behind each 95 % interval."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "evaluation.")
+        _require(self.batch_size >= 1, f"evaluation.batch_size={self.batch_size}: give 1 or more")
+        _require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: give 0 or more")
+        _require(self.bootstrap_samples >= 1, f"evaluation.bootstrap_samples={self.bootstrap_samples}: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every_steps: int = 0
+    """Optimizer steps between checkpoints; 0 = only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one on validation loss is kept besides."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "checkpoint.")
+        _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: give 0 or more")
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every_steps: int = 1
+    """Optimizer steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Whether TensorBoard event files are written."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "logging.")
+        _require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run depends on."""
+
+    foundation: str = "smollm2-135m-instruct"
+    """Registered name, local directory or file, or hf://organisation/name."""
+    run: str = ""
+    """Name of the run folder below runs/; empty: the config file's name."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    quantization: tuple[Rule, ...] = ()
+    """Rules, first match wins; no rule: the parameters stay float."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self, "")
+        _require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
+        run = PurePosixPath(self.run)
+        _require(
+            not (run.is_absolute() or ".." in run.parts or "\\" in self.run or (self.run and not run.name)),
+            f"run={self.run!r}: give the name of a folder below runs/",
+        )

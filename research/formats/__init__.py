@@ -1,0 +1,1 @@
+"""Model files: one module a format, each reading and writing from one map of names."""

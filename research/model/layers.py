@@ -1,0 +1,236 @@
+"""The parts of a decoder, and the one seam through which every product with a weight goes: `einsum`.
+
+Shapes are told by axis letters (research/axes.py). Inside a layer the leading `l` of the stacked parameters is gone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from research.architecture import Architecture, RopeScaling
+from research.axes import AxisRules
+from research.model.parameters import HeadPlan, Parameter
+from research.model.seam import einsum
+from research.quant.nodes import Quantized, Weight, dense
+
+Cache = tuple[jax.Array, jax.Array]  # keys, values of one layer, each [b, s, k, h]
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """Everything static that the modules share; compared by identity, so that jax can hash it."""
+
+    architecture: Architecture
+    heads: HeadPlan
+    rules: AxisRules
+    table: Mapping[str, Parameter]
+    activations: Mapping[str, str]
+    compute_dtype: str = "float32"
+    rematerialize: str = "none"
+    unroll: int = 1
+
+    def param(self, path: str, rngs: nnx.Rngs) -> nnx.Param:
+        """Return the parameter at `path` with its sharding: ones for norms, normal of std 1/√fan-in else, zero padding."""
+        parameter = self.table[path]
+        logical = parameter.padding.logical
+        if parameter.contract:
+            fan_in = 1
+            for letter, size in zip(parameter.axes, logical, strict=True):
+                fan_in *= size if letter in parameter.contract else 1
+            value = jax.random.normal(rngs.params(), logical, jnp.float32) * jnp.float32(fan_in**-0.5)
+        else:
+            value = jnp.ones(logical, jnp.float32)
+        return nnx.Param(parameter.padding.pad(value), out_sharding=parameter.spec)
+
+    def constrain(self, x: jax.Array, letters: str) -> jax.Array:
+        """Return `x` with the sharding that the activation table gives to its axes `letters`."""
+        return constrain(x, self.rules.activation(letters))
+
+    def product(self, path: str) -> Callable[[str, jax.Array, nnx.Param], jax.Array]:
+        """Return the einsum for the weight at `path`: what activations it gets is decided here, once."""
+        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
+
+        def product(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+            y = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype)
+            return self.constrain(y, subscripts.split("->")[1])
+
+        return product
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def weight(param: nnx.Param) -> Weight:
+    """Return what a parameter holds: an array or a `Quantized`."""
+    return param.get_value()
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over `d` with a learned scale, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.epsilon = settings.architecture.norm_epsilon
+        self.scale_d = settings.param(f"{path}/scale_d", rngs)
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        """Return the normed [b, t, d] in the dtype of `x_btd`."""
+        x32_btd = x_btd.astype(jnp.float32)
+        mean_bt1 = jnp.mean(jnp.square(x32_btd), axis=-1, keepdims=True)
+        normed_btd = x32_btd * jax.lax.rsqrt(mean_bt1 + jnp.float32(self.epsilon))
+        scale_d = dense(weight(self.scale_d)).astype(jnp.float32)
+        return (normed_btd * scale_d[None, None, :]).astype(x_btd.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of `v` rows: looked up at the input, multiplied with at the output (or two tables, if untied)."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.table_vd = settings.param(f"{path}/table_vd", rngs)
+        self.product = settings.product(f"{path}/table_vd")
+        self.dtype = jnp.dtype(settings.compute_dtype)
+        self.constrain = settings.constrain
+
+    def __call__(self, tokens_bt: jax.Array) -> jax.Array:
+        """Return the rows [b, t, d] of token ids [b, t]."""
+        return self.constrain(_rows(weight(self.table_vd), tokens_bt).astype(self.dtype), "btd")
+
+    def logits(self, x_bad: jax.Array) -> jax.Array:
+        """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
+        return self.product("bad,vd->bav", x_bad, self.table_vd).astype(jnp.float32)
+
+
+def _rows(table_vd: Weight, tokens_bt: jax.Array) -> jax.Array:
+    """Look up rows; from codes where there is no value, so that the table never exists as floats."""
+    if isinstance(table_vd, Quantized) and table_vd.value is None:
+        scale_vd = table_vd.scale
+        if scale_vd is not None and scale_vd.shape[0] > 1:
+            scale_vd = scale_vd[tokens_bt]
+        elif scale_vd is not None:
+            scale_vd = scale_vd[None]
+        return Quantized(None, table_vd.codes[tokens_bt], scale_vd, table_vd.grid, table_vd.dtype).dense()
+    return dense(table_vd)[tokens_bt]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embeddings (Ainslie et al. 2023; Su et al. 2021)."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.heads, self.constrain = settings.heads, settings.constrain
+        self.q_dnh = settings.param(f"{path}/q_dnh", rngs)
+        self.k_dkh = settings.param(f"{path}/k_dkh", rngs)
+        self.v_dkh = settings.param(f"{path}/v_dkh", rngs)
+        self.o_nhd = settings.param(f"{path}/o_nhd", rngs)
+        self.product = {name: settings.product(f"{path}/{name}") for name in ("q_dnh", "k_dkh", "v_dkh", "o_nhd")}
+
+    def __call__(
+        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, start: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the attention output [b, t, d] and the cache with this call's keys and values written at `start`."""
+        q_btnh = rotate(self.product["q_dnh"]("btd,dnh->btnh", x_btd, self.q_dnh), rotation)
+        k_bskh = rotate(self.product["k_dkh"]("btd,dkh->btkh", x_btd, self.k_dkh), rotation)
+        v_bskh = self.product["v_dkh"]("btd,dkh->btkh", x_btd, self.v_dkh)
+        if cache is not None:
+            k_bskh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_bskh, start, axis=1)
+            v_bskh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_bskh, start, axis=1)
+            cache = (k_bskh, v_bskh)
+        if self.heads.copies > 1:
+            k_bskh = self.constrain(jnp.repeat(k_bskh, self.heads.copies, axis=2), "bskh")
+            v_bskh = self.constrain(jnp.repeat(v_bskh, self.heads.copies, axis=2), "bskh")
+        out_btnh = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
+        out_btnh = self.constrain(out_btnh, "btnh")
+        return self.product["o_nhd"]("btnh,nhd->btd", out_btnh, self.o_nhd), cache
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer, SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.gate_df = settings.param(f"{path}/gate_df", rngs)
+        self.up_df = settings.param(f"{path}/up_df", rngs)
+        self.down_fd = settings.param(f"{path}/down_fd", rngs)
+        self.product = {name: settings.product(f"{path}/{name}") for name in ("gate_df", "up_df", "down_fd")}
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        """Return [b, t, d]."""
+        gate_btf = self.product["gate_df"]("btd,df->btf", x_btd, self.gate_df)
+        up_btf = self.product["up_df"]("btd,df->btf", x_btd, self.up_df)
+        return self.product["down_fd"]("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd)
+
+
+class Block(nnx.Module):
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). Its parameters carry a leading `l`."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(settings, f"{path}/attention_norm", rngs)
+        self.attention = Attention(settings, f"{path}/attention", rngs)
+        self.mlp_norm = RMSNorm(settings, f"{path}/mlp_norm", rngs)
+        self.mlp = MLP(settings, f"{path}/mlp", rngs)
+
+    def __call__(
+        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, start: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the residual stream [b, t, d] after the layer, and its cache."""
+        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, mask_bts, cache, start)
+        x_btd = x_btd + attended_btd
+        return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
+
+
+Rotation = tuple[jax.Array, jax.Array]  # cos, sin, each [b, t, h/2], float32
+
+
+def make_rotation(architecture: Architecture, position_bt: jax.Array) -> Rotation:
+    """Return cosines and sines of the rotary angles at `position_bt`, int32, rotate-half order."""
+    half = architecture.head_width // 2
+    frequency = architecture.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if architecture.rope_scaling is not None:
+        frequency = _scale_frequency(frequency, architecture.rope_scaling)
+    angle_bth = position_bt.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    return jnp.cos(angle_bth), jnp.sin(angle_bth)
+
+
+def _scale_frequency(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Stretch long wavelengths by `factor`, keep short ones, blend between (Llama 3)."""
+    rotations = scaling.original_context * frequency / (2 * jnp.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    smooth = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(x_btnh: jax.Array, rotation: Rotation) -> jax.Array:
+    """Return `x_btnh` rotated by position, halves paired (element i with i + h/2), in its dtype."""
+    cos_bt1h, sin_bt1h = (part[:, :, None, :] for part in rotation)
+    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos_bt1h - second * sin_bt1h, second * cos_bt1h + first * sin_bt1h], axis=-1)
+    return rotated.astype(x_btnh.dtype)
+
+
+def visible(branch_bt: jax.Array, branch_bs: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """Return which key each query sees, boolean [b, t, s].
+
+    A query sees the keys up to its own index that belong to the prompt (branch 0) or to its own branch; -1 is padding.
+    Query t stands at index `start` + t among the keys.
+    """
+    t, s = branch_bt.shape[1], branch_bs.shape[1]
+    causal_ts = jnp.arange(s)[None, :] <= (jnp.arange(t) + start)[:, None]
+    same_bts = (branch_bs[:, None, :] == 0) | (branch_bs[:, None, :] == branch_bt[:, :, None])
+    return causal_ts[None] & same_bts & (branch_bs >= 0)[:, None, :]
+
+
+def tree_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {path: leaf} as nested dictionaries, the shape in which the model takes its weights."""
+    tree: dict[str, Any] = {}
+    for path, leaf in params.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,151 @@
+"""One table of the model's parameters: axis letters, contraction, logical shape inside the padded one, sharding.
+
+The model is built from this table, the quantization policy reads its axes from it, checkpoints and exports its padding; so
+none of them can disagree. Paths are "/"-joined attribute names of the modules in `layers.py` and `transformer.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from jax.sharding import PartitionSpec
+
+from research.architecture import Architecture
+from research.axes import AxisRules
+from research.errors import UserError
+from research.padding import AxisPadding, Padding
+from research.quant.policy import Leaf
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is known of one parameter before it has a value."""
+
+    axes: str  # letters, one an axis
+    contract: str  # those that the product with an activation sums over; "" for vectors
+    padding: Padding
+    spec: PartitionSpec
+    shards: tuple[int, ...]  # pieces per axis
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape on the devices, padding included."""
+        return self.padding.padded
+
+    @property
+    def leaf(self) -> Leaf:
+        """What the quantization policy needs to know."""
+        return Leaf(self.axes, self.contract, self.padding.logical, self.shards)
+
+
+# path: (axes, contracted axes)
+TABLE = {
+    "embed/table_vd": ("vd", "d"),
+    "layers/attention_norm/scale_d": ("ld", ""),
+    "layers/attention/q_dnh": ("ldnh", "d"),
+    "layers/attention/k_dkh": ("ldkh", "d"),
+    "layers/attention/v_dkh": ("ldkh", "d"),
+    "layers/attention/o_nhd": ("lnhd", "nh"),
+    "layers/mlp_norm/scale_d": ("ld", ""),
+    "layers/mlp/gate_df": ("ldf", "d"),
+    "layers/mlp/up_df": ("ldf", "d"),
+    "layers/mlp/down_fd": ("lfd", "f"),
+    "norm/scale_d": ("d", ""),
+    "head/table_vd": ("vd", "d"),
+}
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How the attention heads are laid out over `tensor` ways.
+
+    Queries are ordered (kv head, copy, query), where each kv head is used by `copies` of groups of `queries` query heads.
+    `copies` > 1 means: the kv parameters stay whole on every device, and each device uses the heads it needs.
+    """
+
+    query: AxisPadding
+    kv: AxisPadding
+    copies: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of query heads (kv heads times copies), a multiple of the tensor ways."""
+        return prod(self.kv.padded) * self.copies
+
+    @property
+    def overhead(self) -> float:
+        """Padded query heads over logical ones, minus one."""
+        return prod(self.query.padded) / prod(self.query.logical) - 1
+
+
+def plan_heads(architecture: Architecture, tensor: int) -> HeadPlan:
+    """Return the cheaper of two ways to divide the heads over `tensor` devices.
+
+    Either whole kv groups are padded (9/3 heads on 4 ways become 12/4), or, where the kv heads divide the ways, the kv
+    parameters are replicated and the queries of each group are shared out. Cost: head projections per device.
+    """
+    kv, per_kv = architecture.kv_heads, architecture.queries_per_kv
+    kv_padded = -(-kv // tensor) * tensor
+    padded = HeadPlan(AxisPadding((kv, per_kv), (kv_padded, per_kv)), AxisPadding((kv,), (kv_padded,)), 1)
+    if kv_padded == kv or tensor % kv:
+        return padded
+    copies = tensor // kv
+    per_copy = -(-per_kv // copies)
+    shared = HeadPlan(AxisPadding((kv, per_kv), (kv, copies * per_copy)), AxisPadding.none(kv), copies)
+    # q and o: two projections a query head; k and v: two a kv head, all of them on each device where replicated
+    cost_padded = kv_padded // tensor * (per_kv + 1)
+    cost_shared = per_copy + kv
+    return shared if cost_shared < cost_padded else padded
+
+
+def parameter_table(
+    architecture: Architecture, rules: AxisRules, mesh_sizes: Mapping[str, int]
+) -> dict[str, Parameter]:
+    """Return every parameter of the model by path, laid out for a mesh of `mesh_sizes` (axis name → size).
+
+    Raises `UserError` where a size can be neither divided nor padded; it lists the valid sizes.
+    """
+    plan = plan_heads(architecture, _ways("n", rules, mesh_sizes))
+    if plan.copies > 1:
+        rules = rules.with_params(k=None)
+    letters = {
+        "l": AxisPadding.none(architecture.layers),
+        "d": AxisPadding.none(architecture.width),
+        "h": AxisPadding.none(architecture.head_width),
+        "n": plan.query,
+        "k": plan.kv,
+        "f": _round_up(architecture.feed_forward, _ways("f", rules, mesh_sizes)),
+        "v": _round_up(architecture.vocabulary, _ways("v", rules, mesh_sizes)),
+    }
+    _check_width(architecture.width, rules, mesh_sizes)
+    return {
+        path: Parameter(
+            axes,
+            contract,
+            Padding(tuple(letters[letter] for letter in axes)),
+            rules.param(axes),
+            tuple(_ways(letter, rules, mesh_sizes) for letter in axes),
+        )
+        for path, (axes, contract) in TABLE.items()
+        if path != "head/table_vd" or not architecture.tied_head
+    }
+
+
+def _ways(letter: str, rules: AxisRules, mesh_sizes: Mapping[str, int]) -> int:
+    """Return into how many pieces the mesh splits a parameter's axis."""
+    mesh_axes = rules.params.get(letter) or ()
+    return prod(mesh_sizes[axis] for axis in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
+
+
+def _round_up(size: int, multiple: int) -> AxisPadding:
+    return AxisPadding((size,), (-(-size // multiple) * multiple,))
+
+
+def _check_width(width: int, rules: AxisRules, mesh_sizes: Mapping[str, int]) -> None:
+    ways = _ways("d", rules, mesh_sizes)
+    if width % ways:
+        valid = ", ".join(str(size) for size in range(1, min(width, 64) + 1) if width % size == 0)
+        raise UserError(
+            f"model width d={width} doesn't divide over mesh.fsdp={ways}, and a norm's axis can't be padded;"
+            f" valid sizes of mesh.fsdp: {valid}"
+        )

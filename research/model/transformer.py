@@ -1,0 +1,101 @@
+"""A Llama-architecture decoder as Flax NNX modules: embedding, stacked layers run by a scan, norm, tied or untied head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.architecture import Architecture
+from research.axes import AxisRules
+from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, make_rotation, visible
+from research.model.parameters import parameter_table, plan_heads
+from research.quant.policy import Policy
+
+
+class Transformer(nnx.Module):
+    """Token ids to hidden states, and hidden states to logits."""
+
+    def __init__(self, settings: Settings, rngs: nnx.Rngs):
+        self.settings = settings
+        self.embed = Embedding(settings, "embed", rngs)
+        self.layers = Block(settings, "layers", rngs)
+        self.norm = RMSNorm(settings, "norm", rngs)
+        if not settings.architecture.tied_head:
+            self.head = Embedding(settings, "head", rngs)
+
+    def __call__(
+        self,
+        tokens_bt: jax.Array,
+        position_bt: jax.Array,
+        mask_bts: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the normed hidden states [b, t, d] and the cache.
+
+        `mask_bts` says which key each query sees. `cache`: keys and values of all layers, [l, b, s, k, h] each; this call's
+        are written at index `start`.
+        """
+        settings = self.settings
+        rotation = make_rotation(settings.architecture, position_bt)
+        graph, weights = nnx.split(self.layers)
+        start = jnp.asarray(start, jnp.int32)
+
+        def layer(x_btd: jax.Array, scanned: tuple[Any, Cache | None]):
+            weights, cache = scanned
+            x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, cache, start)
+            return settings.constrain(x_btd, "btd"), cache
+
+        x_btd, cache = jax.lax.scan(
+            _rematerialize(layer, settings.rematerialize),
+            self.embed(tokens_bt),
+            (nnx.as_pure(weights), cache),
+            unroll=settings.unroll,
+        )
+        return self.norm(x_btd), cache
+
+    def logits(self, x_bad: jax.Array) -> jax.Array:
+        """Return float32 logits [b, a, v] of hidden states [b, a, d]; -inf at the vocabulary's padding."""
+        head = self.embed if self.settings.architecture.tied_head else self.head
+        logits_bav = head.logits(x_bad)
+        real_v = jnp.arange(logits_bav.shape[-1]) < self.settings.architecture.vocabulary
+        return jnp.where(real_v[None, None, :], logits_bav, -jnp.inf)
+
+
+def _rematerialize(layer: Any, what: str) -> Any:
+    if what == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if what == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def make_settings(
+    architecture: Architecture,
+    policy: Policy | None = None,
+    *,
+    rules: AxisRules | None = None,
+    mesh_sizes: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Settings:
+    """Return the settings of a model on a mesh of `mesh_sizes` (axis name → size; None: one device)."""
+    rules = rules or AxisRules()
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh_sizes or {})
+    table = parameter_table(architecture, rules, sizes)
+    activations = {path: policy.activation(path) for path in table} if policy else {}
+    return Settings(architecture, plan_heads(architecture, sizes["tensor"]), rules, table, activations, **options)
+
+
+def graph_of(settings: Settings) -> nnx.GraphDef:
+    """Return the model's structure without values; `nnx.merge(graph, weights)` makes it callable."""
+    with nnx.use_eager_sharding(False):  # a structure has nothing to place, and needs no mesh in context
+        return nnx.split(nnx.eval_shape(lambda: Transformer(settings, nnx.Rngs(0))))[0]
+
+
+def causal(model: Transformer, tokens_bt: jax.Array) -> jax.Array:
+    """Return the logits [b, t, v] of plain text: every position sees itself and what stands before it."""
+    branch_bt = jnp.zeros(tokens_bt.shape, jnp.int32)
+    position_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1])[None], tokens_bt.shape)
+    hidden_btd, _ = model(tokens_bt, position_bt, visible(branch_bt, branch_bt))
+    return model.logits(hidden_btd)

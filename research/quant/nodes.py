@@ -1,0 +1,65 @@
+"""The two pytree nodes that carry quantized weights: `Encoded` at rest, `Quantized` on its way through the model."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from research.quant.grid import Grid, decode
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Encoded:
+    """A weight as its codes and scales: what checkpoints and exports hold.
+
+    `codes`: the weight's shape, `grid.code_dtype`; `scale`: float16, the weight's rank, None for cast grids; `dtype`:
+    of the weight that they decode to.
+    """
+
+    codes: jax.Array
+    scale: jax.Array | None
+    grid: Grid = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    def decode(self) -> jax.Array:
+        """Return the weight, shape of `codes`, dtype `self.dtype`."""
+        return decode(self.grid, self.codes, self.scale, self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """A weight as the model is called with it: its value on the grid and the codes and scales behind the value.
+
+    Training differentiates with respect to `value`; evaluation and serving leave it None and hold codes and scale only.
+    Both give the same numbers, because value == decode(codes, scale) bit for bit.
+    """
+
+    value: jax.Array | None
+    codes: jax.Array
+    scale: jax.Array | None
+    grid: Grid = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    def dense(self) -> jax.Array:
+        """Return the weight as an array of dtype `self.dtype`."""
+        return decode(self.grid, self.codes, self.scale, self.dtype) if self.value is None else self.value
+
+
+Weight = jax.Array | Quantized
+
+
+def is_encoded(node: object) -> bool:
+    """Whether a pytree node is an `Encoded`."""
+    return isinstance(node, Encoded)
+
+
+def stored(encoded: Encoded) -> Quantized:
+    """Return the node that the model is called with when only codes and scales are held."""
+    return Quantized(None, encoded.codes, encoded.scale, encoded.grid, encoded.dtype)
+
+
+def dense(weight: Weight) -> jax.Array:
+    """Return the weight as an array, whatever holds it."""
+    return weight.dense() if isinstance(weight, Quantized) else jnp.asarray(weight)

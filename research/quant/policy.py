@@ -1,0 +1,195 @@
+"""Rules: which tensor gets which grid, and the table that shows it. A rule that matches nothing is an error."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.config import Rule
+from research.errors import UserError, nearest
+from research.quant.grid import GRIDS, Grid, Shape
+
+ACTIVATIONS = ("none", "int8")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a model tells of one parameter: its axis letters, which of them a product sums over, and its layout.
+
+    `logical`: size of each axis without padding; `shards`: into how many pieces the mesh splits each axis.
+    """
+
+    axes: str
+    contract: str
+    logical: Shape
+    shards: Shape
+
+
+@dataclass(frozen=True)
+class Format:
+    """The grid of one tensor and the shape of its scale."""
+
+    grid: Grid
+    scale_shape: Shape
+    granularity: str
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An ordered list of rules, first match wins, and what the model tells of its leaves (by path)."""
+
+    rules: tuple[Rule, ...] = ()
+    leaves: Mapping[str, Leaf] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            _check(rule)
+
+    def rule(self, path: str) -> Rule | None:
+        """Return the rule for the parameter at `path`, None if no rule matches."""
+        return next((rule for rule in self.rules if re.fullmatch(rule.match, path)), None)
+
+    def formats(self, shapes: Mapping[str, Shape]) -> dict[str, Format]:
+        """Return the format of every parameter that is quantized, by path.
+
+        Vectors and scalars (norms, biases) stay float whatever matches them. Raises `UserError` for a rule that no path
+        matches, and for a granularity that the shape or the mesh does not allow.
+        """
+        matched = {path: rule for path in shapes if (rule := self.rule(path)) is not None}
+        for rule in self.rules:
+            if rule not in matched.values():
+                raise UserError(
+                    f"quantization rule match={rule.match!r} is the first match of no parameter"
+                    + nearest(rule.match, shapes)
+                )
+        formats = {}
+        for path, rule in matched.items():
+            grid, leaf = GRIDS[rule.weight], _leaf(path, shapes[path], rule, self.leaves.get(path))
+            if grid.is_identity or not _is_matrix(leaf, shapes[path]):
+                continue
+            scale_shape = _scale_shape(path, shapes[path], leaf, rule.granularity) if grid.is_scaled else ()
+            formats[path] = Format(grid, scale_shape, rule.granularity if grid.is_scaled else "", rule)
+        return formats
+
+    def activation(self, path: str) -> str:
+        """Return the grid of the activation that the weight at `path` multiplies: "none" or "int8"."""
+        rule = self.rule(path)
+        return rule.activation if rule else "none"
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """Return a jax key path as "a/b/c"."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def shapes_by_path(params: Any) -> dict[str, Shape]:
+    """Return {path: shape} of a pytree of arrays."""
+    return {path_of(path): tuple(jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _check(rule: Rule) -> None:
+    if rule.weight not in GRIDS:
+        raise UserError(
+            f"quantization rule {rule.match!r}: weight={rule.weight!r} is no grid{nearest(rule.weight, GRIDS)}"
+        )
+    if rule.activation not in ACTIVATIONS:
+        raise UserError(
+            f"quantization rule {rule.match!r}: activation={rule.activation!r} is no grid of activations"
+            + nearest(rule.activation, ACTIVATIONS)
+        )
+    if not re.fullmatch(r"tensor|channel|group:[1-9]\d*", rule.granularity):
+        raise UserError(
+            f"quantization rule {rule.match!r}: granularity={rule.granularity!r}; give tensor, channel or group:32"
+        )
+    if bool(rule.axes) != bool(rule.contract):
+        raise UserError(
+            f"quantization rule {rule.match!r}: axes={rule.axes!r}, contract={rule.contract!r}; give both or neither"
+        )
+    try:
+        re.compile(rule.match)
+    except re.error as error:
+        raise UserError(f"quantization rule match={rule.match!r} is no regular expression: {error}") from None
+
+
+def _leaf(path: str, shape: Shape, rule: Rule, leaf: Leaf | None) -> Leaf | None:
+    """Return what is known of the axes: from the rule for models that don't tell, otherwise from the model."""
+    if not rule.axes or len(shape) < 2:
+        return leaf
+    if len(rule.axes) != len(shape) or not set(rule.contract) <= set(rule.axes):
+        raise UserError(
+            f"quantization rule {rule.match!r}: axes={rule.axes!r}, contract={rule.contract!r} don't name the"
+            f" {len(shape)} axes of {path} {list(shape)}"
+        )
+    return Leaf(rule.axes, rule.contract, shape, (1,) * len(shape))
+
+
+def _is_matrix(leaf: Leaf | None, shape: Shape) -> bool:
+    """Whether a product runs over the tensor; stacked vectors [l, d] are vectors."""
+    return len(shape) >= 2 and (leaf is None or bool(leaf.contract))
+
+
+def _scale_shape(path: str, shape: Shape, leaf: Leaf | None, granularity: str) -> Shape:
+    if leaf is None:
+        raise UserError(
+            f"{path} {list(shape)} doesn't tell its axes; give them in its rule, e.g. Rule(axes='io', contract='i')"
+        )
+    if granularity == "tensor":
+        return tuple(size if letter == "l" else 1 for letter, size in zip(leaf.axes, shape, strict=True))
+    if granularity == "channel":
+        return tuple(1 if letter in leaf.contract else size for letter, size in zip(leaf.axes, shape, strict=True))
+    group = int(granularity.removeprefix("group:"))
+    innermost = max(leaf.axes.index(letter) for letter in leaf.contract)
+    whole = shape[innermost] // leaf.shards[innermost]
+    for size, what in ((leaf.logical[innermost], "axis"), (whole, "shard")):
+        if size % group:
+            valid = [str(g) for g in range(2, 257) if leaf.logical[innermost] % g == 0 and whole % g == 0]
+            raise UserError(
+                f"{path}: granularity={granularity!r} doesn't divide the {what} {leaf.axes[innermost]!r} of {size};"
+                f" valid group sizes: {', '.join(valid) or 'none'}"
+            )
+    return tuple(size // group if axis == innermost else size for axis, size in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One line of the coverage table."""
+
+    path: str
+    shape: Shape
+    weight: str
+    granularity: str
+    activation: str
+    rule: str
+    bytes: int
+
+
+def coverage(policy: Policy, params: Any) -> list[Coverage]:
+    """Return, for every parameter, how it is stored and which rule says so; shapes are those of `params`."""
+    shapes = shapes_by_path(params)
+    formats = policy.formats(shapes)
+    return [_row(policy, path, shape, formats.get(path)) for path, shape in shapes.items()]
+
+
+def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Coverage:
+    rule = policy.rule(path)
+    if rule is None:
+        return Coverage(path, shape, "fp32", "", "none", "no rule", 4 * _size(shape))
+    multiplied = _is_matrix(_leaf(path, shape, rule, policy.leaves.get(path)), shape)
+    activation = rule.activation if multiplied else "none"
+    if form is None:
+        return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * _size(shape))
+    code_bytes = jnp.dtype(form.grid.code_dtype).itemsize * _size(shape)
+    scale_bytes = 2 * _size(form.scale_shape) if form.grid.is_scaled else 0
+    return Coverage(path, shape, form.grid.name, form.granularity, activation, rule.match, code_bytes + scale_bytes)
+
+
+def _size(shape: Iterable[int]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size

@@ -1,0 +1,313 @@
+"""What a run says: stage lines, the tables of the dry run, the table of results, the next commands, the last JSON line.
+
+Everything for people goes through one console on standard output. Functions named `render_…` return something that
+`console.print` takes and that fits itself to the console's width; numbers are never wrapped or cut.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from math import prod
+from pathlib import Path
+from typing import Any, TextIO
+
+from jax.sharding import PartitionSpec
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from research.model.parameters import Parameter
+from research.quant.policy import Coverage
+from research.results import ModelResult, Results
+from research.run_folder import plain
+from research.tasks.scores import Score
+from research.units import format_bytes, format_count, format_duration, format_rate
+
+_PIPE_COLUMNS = 100
+_NOTHING = "–"
+
+
+def make_console(stream: TextIO | None = None) -> Console:
+    """Return the console for people, on `stream` (standard output unless told).
+
+    Markup and highlighting are off: messages hold brackets and paths, which are to be printed as they are.
+    """
+    output: TextIO = stream or sys.stdout
+    if isinstance(output, TextIOWrapper) and "utf" not in output.encoding.lower():
+        output.reconfigure(errors="replace")  # a "?" for a dash, rather than a traceback
+    width = None if output.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS
+    return Console(file=output, width=width, markup=False, highlight=False, emoji=False)
+
+
+def say(console: Console, title: str, text: str) -> None:
+    """Print a stage line, e.g. "Mesh: data 1 · fsdp 1 · tensor 4"; in a pipe it stays one line, however long."""
+    console.print(Text.assemble((f"{title}: ", "bold"), text), soft_wrap=not console.is_terminal)
+
+
+def print_result_line(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Print `result` as one JSON object, the last line of a script's output: never wrapped, never coloured."""
+    output: TextIO = stream or sys.stdout
+    output.write(json.dumps(plain(result), allow_nan=False) + "\n")  # ASCII only, whatever the stream can encode
+    output.flush()
+
+
+_LETTERS = {"n": "query heads", "k": "kv heads", "f": "feed-forward", "v": "vocabulary"}
+
+
+def describe_padding(table: Mapping[str, Parameter]) -> str:
+    """Return in words what the mesh makes larger: heads and sizes before and after, and all parameters."""
+    sizes = {
+        letter: (axis, shards)
+        for parameter in table.values()
+        for letter, axis, shards in zip(parameter.axes, parameter.padding.axes, parameter.shards, strict=True)
+    }
+    changed = [
+        f"{_LETTERS.get(letter, letter)} {prod(axis.logical)} → {prod(axis.padded)}"
+        for letter, (axis, _) in sizes.items()
+        if axis.logical != axis.padded
+    ]
+    ways = {letter: shards for letter, (_, shards) in sizes.items()}
+    whole = ["kv heads whole on every device"] if ways.get("n", 1) > ways.get("k", 1) else []
+    before = sum(prod(parameter.padding.logical) for parameter in table.values())
+    after = sum(prod(parameter.padding.padded) for parameter in table.values())
+    if not changed:
+        return "; ".join([f"none needed, {format_count(before)} parameters", *whole])
+    growth = f"{format_count(before)} parameters become {format_count(after)} (+{100 * (after / before - 1):.1f} %)"
+    return "; ".join([", ".join(changed), *whole, growth])
+
+
+def render_memory(parts: Mapping[str, int], devices: int) -> Group:
+    """Return the table of bytes on one device, by part, with their sum."""
+    table = _table()
+    table.add_column(f"memory on each of {devices} devices" if devices > 1 else "memory on the device")
+    table.add_column("", justify="right", no_wrap=True)
+    for name, size in parts.items():
+        table.add_row(name, format_bytes(size))
+    table.add_section()
+    table.add_row(Text("sum", style="bold"), Text(format_bytes(sum(parts.values())), style="bold"))
+    return Group(Text(), table)
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """What the dry run shows of one parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+    """Logical shape."""
+    padded: tuple[int, ...]
+    """Shape on the mesh."""
+    sharding: str
+    """How it is split, from `describe_sharding`."""
+    weight: str
+    """Grid and granularity of the weight, e.g. "int8 channel"."""
+    activation: str
+    """Grid of the activation that it multiplies; "none" where that stays float."""
+    rule: str
+    """The rule that decided, "" where there is none."""
+    bytes: int
+    """Bytes of the logical weight as the policy stores it, scales included."""
+
+
+def coverage_rows(coverage: Sequence[Coverage], table: Mapping[str, Parameter]) -> list[CoverageRow]:
+    """Return what the policy says (of the logical shapes) beside how the mesh lays each parameter out."""
+    rows = []
+    for line in coverage:
+        parameter = table[line.path]
+        split = describe_sharding(parameter.axes, parameter.spec, parameter.shards)
+        weight = f"{line.weight} {line.granularity}".strip()
+        rule = "" if line.rule == "no rule" else line.rule
+        shapes = parameter.padding.logical, parameter.padding.padded
+        rows.append(CoverageRow(line.path, *shapes, split, weight, line.activation, rule, line.bytes))
+    return rows
+
+
+def describe_sharding(letters: str, spec: PartitionSpec, shards: Sequence[int]) -> str:
+    """Return which axes are split over which mesh axes, e.g. "d:fsdp n:tensor"; "replicated" where none is.
+
+    `letters`, `spec` and `shards` (pieces per axis) go by axis.
+    """
+    split = [
+        f"{letter}:{axes if isinstance(axes, str) else '+'.join(axes)}"
+        for letter, axes, pieces in zip(letters, tuple(spec), shards, strict=True)
+        if axes and pieces > 1
+    ]
+    return " ".join(split) or "replicated"
+
+
+@dataclass(frozen=True)
+class _Coverage:
+    rows: Sequence[CoverageRow]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _widest_that_fits(console, options, [self._table(wide=True), self._table(wide=False)])
+
+    def _table(self, *, wide: bool) -> Table:
+        """Return the table, wide: one line a parameter; else what doesn't fit on a second line."""
+        table = _table()
+        table.add_column("parameter", overflow="fold")
+        split = "split over"
+        headers = ["shape", "padded", split, "weight", "activation"]
+        for header in headers if wide else ["shape\n→ padded", split, "weight\n× activation"]:
+            table.add_column(header, no_wrap=True)
+        for header in ("rule", "bytes"):
+            table.add_column(header, justify="right", no_wrap=True)
+        rules = _rules(self.rows)
+        above: list[str] = []
+        for row in self.rows:
+            *folders, name = row.path.split("/")
+            for depth, folder in enumerate(folders):
+                if folders[: depth + 1] != above[: depth + 1]:
+                    table.add_row(Text(f"{'  ' * depth}{folder}/", style="dim"))
+            above = folders
+            number = str(rules[row.rule]) if row.rule else _NOTHING
+            cells = _cells(row, wide)
+            table.add_row("  " * len(folders) + name, *map(Text, cells), number, format_bytes(row.bytes))
+        return table
+
+
+def _cells(row: CoverageRow, wide: bool) -> list[str]:
+    padded = _shape(row.padded) if row.padded != row.shape else ""
+    activation = "" if row.activation == "none" else row.activation
+    if wide:
+        return [_shape(row.shape), padded, row.sharding, row.weight, activation]
+    shape = f"{_shape(row.shape)}\n→ {padded}" if padded else _shape(row.shape)
+    return [shape, row.sharding.replace(" ", "\n"), f"{row.weight}\n× {activation}" if activation else row.weight]
+
+
+def render_coverage(rows: Sequence[CoverageRow]) -> Group:
+    """Return the table of what is quantized how: a row for each parameter, the rules below it, and a total."""
+    rules = [Text(f"rule {number}: {rule}", overflow="fold") for rule, number in _rules(rows).items()]
+    return Group(Text(), _Coverage(rows), Text(), *rules, Text(_total(rows), style="bold"))
+
+
+def _total(rows: Sequence[CoverageRow]) -> str:
+    counts = [prod(row.shape) for row in rows]
+    quantized = [count for count, row in zip(counts, rows, strict=True) if not row.weight.startswith("fp32")]
+    stored, whole = sum(row.bytes for row in rows), 4 * sum(counts)
+    share = 100 * sum(quantized) / max(1, sum(counts))
+    return (
+        f"total: {len(quantized)} of {len(rows)} tensors quantized, {share:.2f} % of {format_count(sum(counts))} "
+        f"parameters; {format_bytes(stored)} instead of {format_bytes(whole)} in fp32"
+    )
+
+
+def _rules(rows: Sequence[CoverageRow]) -> dict[str, int]:
+    """Return the rules in use with a number for each, in order of first use."""
+    return {rule: number for number, rule in enumerate(dict.fromkeys(row.rule for row in rows if row.rule), start=1)}
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+@dataclass(frozen=True)
+class _Results:
+    rows: Sequence[tuple[str, ModelResult]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _widest_that_fits(console, options, [self._table(" "), self._table("\n")])
+
+    def _table(self, between: str) -> Table:
+        """Return the table with `between` between a figure and its interval: a space, or a line's end."""
+        table = _table()
+        table.add_column("model", min_width=14)
+        for name in ("loss", "macro F1", "accuracy", "bytes"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for index, (name, result) in enumerate(self.rows):
+            if index and between == "\n":
+                table.add_row()
+            figures = [_estimate(value, between) for value in (result.loss, result.macro_f1, result.accuracy)]
+            size = _NOTHING if result.bytes is None else format_bytes(result.bytes)
+            table.add_row(name, *figures, size)
+        return table
+
+
+def _estimate(estimate: Score | None, between: str) -> Text:
+    if estimate is None:
+        return Text(_NOTHING)
+    interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
+    return Text.assemble((f"{estimate.value:.3f}", "bold"), between, (interval, "dim"))
+
+
+def render_results(
+    rows: Sequence[tuple[str, ModelResult]], examples: int, footer: Mapping[str, str] | None = None
+) -> Group:
+    """Return the table of named results on `examples` held-out examples, `footer` below it.
+
+    Rows and footer of a fine-tuning run come from `result_rows` and `cost_footer`.
+    """
+    note = f"held-out test split, {examples} examples; loss in nats per predicted token; [95 % bootstrap interval]"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column()
+    for name, value in (footer or {}).items():
+        grid.add_row(name, Text(value, style="bold"))
+    return Group(Text(), _Results(rows), Text(), Text(note, style="dim"), *([Text(), grid] if footer else []))
+
+
+def result_rows(results: Results, finetuned: str, exported: str) -> list[tuple[str, ModelResult]]:
+    """Return the four rows of the final table; `finetuned` names the training forward, `exported` the export."""
+    return [
+        ("majority class", results.majority),
+        ("foundation (float)", results.foundation),
+        (f"fine-tuned ({finetuned})", results.finetuned),
+        (exported, results.quantized),
+    ]
+
+
+def cost_footer(
+    *, param_bytes_per_device: int, peak_host_bytes: int, tokens_per_second: float, seconds: float
+) -> dict[str, str]:
+    """Return what a run cost, as the footer of `render_results`."""
+    return {
+        "parameters per device": format_bytes(param_bytes_per_device),
+        "peak memory of the host": format_bytes(peak_host_bytes),
+        "training speed": format_rate(tokens_per_second),
+        "time, less downloads": format_duration(seconds),
+    }
+
+
+def next_commands(
+    run: Path, config: Path, *, steps: int, tensor: int, chat: bool = True, overrides: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return what to try after a run in `run`: a few words, and the command to copy.
+
+    `overrides` are the run's own, e.g. "--config.run=NAME": resuming needs them again. `tensor` is the size of that
+    mesh axis in the run, for which another is suggested; `chat`: whether the task's prompts are turns of a chat.
+    """
+    own = [text for text in overrides if not text.startswith("--config.train.steps=")]
+    checkpoint = ["--checkpoint", str(run)]
+    prompt = ["--prompt", "You have won a prize!", *(["--chat"] if chat else [])]
+    commands = {
+        "evaluate on another mesh": ["evaluate.py", *checkpoint, f"--config.mesh.tensor={1 if tensor > 1 else 2}"],
+        "generate": ["generate.py", *checkpoint, *prompt],
+        "export": ["export.py", *checkpoint, "--format", "safetensors"],
+        "train on": ["finetune.py", "--config", str(config), *own, "--resume", f"--config.train.steps={2 * steps}"],
+    }
+    return {what: shlex.join(["python", f"scripts/{script}", *rest]) for what, (script, *rest) in commands.items()}
+
+
+def print_commands(console: Console, commands: Mapping[str, str]) -> None:
+    """Print commands, each below its purpose as a shell comment, unwrapped, so that all of it can be copied."""
+    console.print()
+    for purpose, command in commands.items():
+        console.print(Text(f"# {purpose}", style="dim"), soft_wrap=True)
+        console.print(Text(command), soft_wrap=True)
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+
+
+def _widest_that_fits(console: Console, options: ConsoleOptions, tables: Sequence[Table]) -> Table:
+    """Return the first of `tables` that needs no more than the width there is, or the last."""
+    unlimited = options.update(width=10_000)
+    fitting = (table for table in tables if Measurement.get(console, unlimited, table).maximum <= options.max_width)
+    return next(fitting, tables[-1])

@@ -1,0 +1,79 @@
+"""An experiment on a mesh: model structure, number formats and layout, put together once for training and evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from research.architecture import Architecture
+from research.axes import AxisRules
+from research.config import Experiment, Rule, TrainConfig
+from research.errors import UserError
+from research.model.layers import Settings
+from research.model.parameters import Parameter
+from research.model.transformer import graph_of, make_settings
+from research.quant.policy import Format, Policy
+from research.tasks.batches import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A model of one architecture, its policy and its layout on one mesh."""
+
+    mesh: Mesh
+    settings: Settings
+    policy: Policy
+    formats: Mapping[str, Format]
+    """Format of each quantized parameter, by path."""
+    graph: nnx.GraphDef
+    train: TrainConfig
+
+    @property
+    def table(self) -> Mapping[str, Parameter]:
+        """The parameters by path, with padding and sharding."""
+        return self.settings.table
+
+
+def make_setup(architecture: Architecture, rules: tuple[Rule, ...], train: TrainConfig, mesh: Mesh) -> Setup:
+    """Put a model together; raises `UserError` for rules or sizes that can't be.
+
+    Without rules it is the float model.
+    """
+    sizes = dict(mesh.shape)
+    plain = make_settings(architecture, mesh_sizes=sizes)
+    policy = Policy(rules, {path: parameter.leaf for path, parameter in plain.table.items()})
+    formats = policy.formats({path: parameter.shape for path, parameter in plain.table.items()})
+    settings = make_settings(
+        architecture,
+        policy,
+        mesh_sizes=sizes,
+        compute_dtype=train.compute_dtype,
+        rematerialize=train.rematerialize,
+        unroll=train.unroll,
+    )
+    return Setup(mesh, settings, policy, formats, graph_of(settings), train)
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Return into how many pieces the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def require_batch_fits(experiment: Experiment, mesh: Mesh) -> None:
+    """Raise `UserError`, naming valid sizes, if a micro-batch doesn't divide over the mesh."""
+    ways, train = batch_ways(mesh), experiment.train
+    rows = train.batch_size // train.accumulate
+    if rows % ways:
+        valid = ", ".join(str(ways * train.accumulate * factor) for factor in (1, 2, 4, 8))
+        raise UserError(
+            f"train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives {rows} rows, which don't"
+            f" divide over data×fsdp={ways}; valid sizes of train.batch_size: {valid}, …"
+        )
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Return a batch of this process's rows as arrays split by rows over data and fsdp."""
+    rows = NamedSharding(mesh, PartitionSpec(AxisRules().activations["b"]))
+    return Batch(*(jax.make_array_from_process_local_data(rows, array) for array in batch))

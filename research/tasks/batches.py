@@ -1,0 +1,286 @@
+"""From token ids to batches: arrays of a few fixed shapes, in an order that is a function of (seed, step).
+
+A row of a batch is a prompt and one or more *branches*, the tokens of one answer each. All branches of a row stand
+behind its prompt; a branch sees the prompt and itself, and its positions begin where the prompt's end, as if it stood
+there alone. So one forward scores every label of an example, and reads the prompt once:
+
+    query t sees key s  ⇔  s ≤ t  and  (branch_s = 0  or  branch_s = branch_t)  and  branch_s ≠ -1
+
+The last token of an answer, the end of the turn, is predicted but never read. Lengths are padded up to a few buckets,
+as each shape costs a compilation, and rows of similar length share a batch, as padding costs time.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from research.errors import UserError
+from research.tasks.encoding import EncodedExamples
+
+# Training rows are sorted by length within a window of so many batches: more batches, less padding, less mixing.
+WINDOW_BATCHES = 64
+
+
+class Batch(NamedTuple):
+    """Rows for one forward. `b` rows · `t` positions · `a` slots for predictions; all int32 numpy arrays.
+
+    An empty row (see `scoring_batches`) has no slot in use; it has one token, so that no query is left without a key.
+    """
+
+    tokens_bt: np.ndarray
+    """Token ids; 0 where there is padding."""
+    position_bt: np.ndarray
+    """Position for the rotary embedding; 0 where there is padding."""
+    branch_bt: np.ndarray
+    """0 = prompt, j ≥ 1 = the j-th answer in this row, -1 = padding."""
+    source_ba: np.ndarray
+    """Index t of the hidden state that predicts; 0 in an unused slot."""
+    target_ba: np.ndarray
+    """Token id to be predicted; 0 in an unused slot."""
+    answer_ba: np.ndarray
+    """Branch that the predicted token belongs to; 0 = unused slot."""
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """A batch whose rows have one branch a label, and the examples that the rows are."""
+
+    batch: Batch
+    example_b: np.ndarray
+    """Number of the example in each row, int64, [b]; -1 = empty row."""
+
+
+class TrainingOrder:
+    """Which examples make up the batch of a step: a function of (seed, step) and the rows' lengths, of nothing else.
+
+    Every epoch shuffles the examples anew. The shuffled examples are taken in windows; within a window they are sorted
+    by length, cut into batches, and the batches are shuffled. An epoch uses no example twice; those left over when the
+    examples are no multiple of the batch (other ones each epoch) are left out of it.
+    """
+
+    def __init__(self, row_lengths: Sequence[int], seed: int, batch_size: int) -> None:
+        """Prepare the order of rows with these lengths, in tokens."""
+        if len(row_lengths) < batch_size:
+            raise UserError(
+                f"train.batch_size={batch_size} is larger than the training split of {len(row_lengths)} examples; give "
+                "a smaller batch, or more data"
+            )
+        self.batch_size = batch_size
+        self.batches_per_epoch = len(row_lengths) // batch_size
+        self._lengths = np.asarray(row_lengths)
+        self._seed = seed
+        grain_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._shuffled = grain.MapDataset.range(len(row_lengths)).shuffle(seed=grain_seed).repeat()
+        self._window = lru_cache(maxsize=2)(self._make_window)
+        # grain reads ahead in threads, which would all make the same window at once.
+        self._lock = Lock()
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the numbers of the examples in the batch of `step`, int64, [b]."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        with self._lock:
+            return self._window(epoch, place // WINDOW_BATCHES)[place % WINDOW_BATCHES]
+
+    def _make_window(self, epoch: int, window: int) -> np.ndarray:
+        """Return the batches of a window in their order, int64, [batches, b]."""
+        first = window * WINDOW_BATCHES
+        batches = min(WINDOW_BATCHES, self.batches_per_epoch - first)
+        start = epoch * len(self._lengths) + first * self.batch_size
+        members = np.array([self._shuffled[start + i] for i in range(batches * self.batch_size)])
+        by_length = members[np.argsort(self._lengths[members], kind="stable")]
+        order = np.random.default_rng((self._seed, epoch, window)).permutation(batches)
+        return by_length.reshape(batches, self.batch_size)[order]
+
+
+def training_batches(
+    examples: EncodedExamples,
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset[Batch]:
+    """Return the batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch in the background.
+
+    Rows have one branch, the true label's. The batch of a step doesn't depend on `steps` nor on what was read before.
+    (As grain has it, an index of `steps` or more starts over at 0: give as many steps as the run has.)
+
+    Args:
+        examples: the encoded training split.
+        lengths: increasing sizes of t, in tokens; a batch gets the smallest that holds its longest row.
+        seed: of the order.
+        steps: length of the dataset.
+        batch_size: rows of the batch over all processes.
+        process_index, process_count: which contiguous part of each batch's rows this process gets. t is that of the
+            whole batch, so that all processes run the same program.
+
+    Raises:
+        UserError: a batch larger than the split, or one that doesn't divide over the processes.
+    """
+    if batch_size % process_count:
+        raise UserError(
+            f"train.batch_size={batch_size} does not divide over {process_count} processes; give a multiple of "
+            f"{process_count}"
+        )
+    # The last token of an answer is not read.
+    row_lengths = [
+        len(prompt) + len(examples.answers[label]) - 1
+        for prompt, label in zip(examples.prompts, examples.gold_e, strict=True)
+    ]
+    order = TrainingOrder(row_lengths, seed, batch_size)
+    slots = max(len(answer) for answer in examples.answers)
+
+    def make(step: int) -> Batch:
+        numbers = order.rows(step)
+        length = bucket(max(row_lengths[number] for number in numbers), lengths)
+        local = np.split(numbers, process_count)[process_index]
+        rows = [(examples.prompts[number], [examples.answers[examples.gold_e[number]]]) for number in local]
+        return _make_batch(rows, len(local), length, slots)
+
+    return grain.MapDataset.range(steps).map(make)
+
+
+def scoring_batches(examples: EncodedExamples, lengths: Sequence[int], batch_size: int) -> Iterator[ScoringBatch]:
+    """Yield batches that score all labels of each example, each example exactly once, in the order of their lengths.
+
+    Label y is branch y + 1 of its row. The last batch is filled up with empty rows.
+    """
+    answers = list(examples.answers)
+    slots, inputs = sum(len(answer) for answer in answers), sum(len(answer) - 1 for answer in answers)
+    row_lengths = np.array([len(prompt) + inputs for prompt in examples.prompts], np.int64)
+    order = np.argsort(row_lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        rows = [(examples.prompts[number], answers) for number in numbers]
+        batch = _make_batch(rows, batch_size, bucket(int(row_lengths[numbers].max()), lengths), slots)
+        yield ScoringBatch(batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1))
+
+
+def label_logp(batch: Batch, logp_ba: np.ndarray, labels: int) -> np.ndarray:
+    """Sum the log-probabilities of predicted tokens over each label's answer.
+
+    Args:
+        batch: as `scoring_batches` made it.
+        logp_ba: log-probability of `target_ba`, nats, [b, a]; whatever stands in unused slots is ignored.
+        labels: number of labels.
+
+    Returns:
+        Log-probability of each label, float64, [b, y]; 0 in empty rows.
+    """
+    used_bay = batch.answer_ba[:, :, None] == np.arange(1, labels + 1)
+    return np.where(used_bay, np.asarray(logp_ba, np.float64)[:, :, None], 0.0).sum(axis=1)
+
+
+def gather_examples(batches: Iterable[tuple[ScoringBatch, np.ndarray]], examples: int) -> np.ndarray:
+    """Put rows of several scoring batches back into the order of the examples.
+
+    Args:
+        batches: pairs of a batch and an array whose leading axis is its rows, e.g. logp_by.
+        examples: number of examples.
+
+    Raises:
+        ValueError: an example is missing, or there twice.
+    """
+    numbers, values = [], []
+    for scoring, value_b in batches:
+        real = scoring.example_b >= 0
+        numbers.append(scoring.example_b[real])
+        values.append(np.asarray(value_b)[real])
+    order = np.argsort(np.concatenate(numbers), kind="stable")
+    if not np.array_equal(np.concatenate(numbers)[order], np.arange(examples)):
+        raise ValueError(f"the batches do not hold each of {examples} examples exactly once")
+    return np.concatenate(values)[order]
+
+
+def text_batches(tokens: Sequence[int], window: int, batch_size: int = 1) -> Iterator[Batch]:
+    """Yield the consecutive windows of a text, in which every token but the window's first is predicted.
+
+    Windows don't overlap. A text no longer than the window is one row of exactly its length. Else each row has `window`
+    tokens, the last is padded, and the last batch is filled up with empty rows. So there is one shape for a text.
+
+    Args:
+        tokens: ids of the text, special tokens included.
+        window: tokens of context at most.
+        batch_size: windows for one forward.
+
+    Raises:
+        UserError: the text has no token to predict.
+    """
+    if window < 2:
+        raise UserError(f"a window of {window} tokens predicts nothing; give at least 2")
+    ids = np.asarray(tokens, np.int32)
+    if len(ids) < 2:
+        raise UserError(f"the text has {len(ids)} tokens; the first is not predicted, so give a text of at least 2")
+    length = min(window, len(ids))
+    # A last window of one token predicts nothing.
+    windows = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
+    for start in range(0, len(windows), batch_size):
+        batch = _empty_batch(batch_size, length, length - 1)
+        for row, part in enumerate(windows[start : start + batch_size]):
+            size = len(part)
+            batch.tokens_bt[row, :size] = part
+            batch.position_bt[row, :size] = np.arange(size)
+            batch.branch_bt[row, :size] = 0
+            batch.source_ba[row, : size - 1] = np.arange(size - 1)
+            batch.target_ba[row, : size - 1] = part[1:]
+            batch.answer_ba[row, : size - 1] = 1
+        yield batch
+
+
+def padding_share(batches: Iterable[Batch]) -> float:
+    """Return the fraction of the batches' positions that hold no token of an example."""
+    total = used = 0
+    for batch in batches:
+        filled_b = (batch.answer_ba > 0).any(axis=1)
+        total += batch.branch_bt.size
+        used += int((batch.branch_bt[filled_b] >= 0).sum())
+    return 1 - used / total if total else 0.0
+
+
+def bucket(length: int, lengths: Sequence[int]) -> int:
+    """Return the smallest of `lengths` that is at least `length`."""
+    fitting = [size for size in lengths if size >= length]
+    if not fitting:
+        raise ValueError(f"a row of {length} tokens is longer than the largest of {tuple(lengths)}")
+    return min(fitting)
+
+
+def _make_batch(
+    rows: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], batch_size: int, length: int, slots: int
+) -> Batch:
+    """Lay out rows of (prompt, answers), of which there are at most `batch_size`."""
+    batch = _empty_batch(batch_size, length, slots)
+    for row, (prompt, answers) in enumerate(rows):
+        _put(batch, row, 0, prompt, 0, 0)
+        end, slot = len(prompt), 0
+        for branch, answer in enumerate(answers, start=1):
+            read, predicted = len(answer) - 1, slice(slot, slot + len(answer))
+            _put(batch, row, end, answer[:-1], len(prompt), branch)
+            batch.source_ba[row, predicted] = [len(prompt) - 1, *range(end, end + read)]
+            batch.target_ba[row, predicted] = answer
+            batch.answer_ba[row, predicted] = branch
+            end, slot = end + read, slot + len(answer)
+    return batch
+
+
+def _put(batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, branch: int) -> None:
+    place = slice(start, start + len(tokens))
+    batch.tokens_bt[row, place] = tokens
+    batch.position_bt[row, place] = np.arange(position, position + len(tokens))
+    batch.branch_bt[row, place] = branch
+
+
+def _empty_batch(batch_size: int, length: int, slots: int) -> Batch:
+    """Return a batch of empty rows; its arrays are there to be filled."""
+    token_arrays = [np.zeros((batch_size, length), np.int32) for _ in range(3)]
+    slot_arrays = [np.zeros((batch_size, slots), np.int32) for _ in range(3)]
+    batch = Batch(*token_arrays, *slot_arrays)
+    batch.branch_bt[:, 1:] = -1
+    return batch

@@ -1,0 +1,52 @@
+"""What a run will look like before it runs: layout, padding, number formats, memory."""
+
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+from research.config import Experiment
+from research.model.layers import tree_of
+from research.model.placement import abstract
+from research.quant.optimizer import find
+from research.quant.policy import coverage
+from research.report import coverage_rows, describe_padding, render_coverage, render_memory, say
+from research.setup import Setup
+from research.train.step import make_optimizer, start_state
+
+
+def describe_setup(setup: Setup, console: Console, *, table: bool) -> None:
+    """Say how the model is padded, and, if asked, show which parameter gets which format and why."""
+    say(console, "Padding", describe_padding(setup.table))
+    if table:
+        logical = {path: jax.ShapeDtypeStruct(p.padding.logical, jnp.float32) for path, p in setup.table.items()}
+        console.print(render_coverage(coverage_rows(coverage(setup.policy, tree_of(logical)), setup.table)))
+
+
+def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[str, int]:
+    """Return the bytes of the training state on one device by what they are for; activations are not counted."""
+    tx = make_optimizer(experiment.optimizer, experiment.train, setup.policy, setup.table)
+    floats = tree_of({path: jax.ShapeDtypeStruct(p.shape, jnp.float32) for path, p in setup.table.items()})
+    state = abstract(jax.eval_shape(lambda params: start_state(tx, params), floats), setup.table, mesh)
+    quantized = find(state.optimizer)
+    parts = {
+        "parameters": state.params,
+        "float32 latents": quantized.latent,
+        "codes and scales": quantized.encoded,
+        "moments": quantized.inner_state,
+        "gradients": abstract(floats, setup.table, mesh),
+    }
+    return {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) for name, tree in parts.items()}
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def show_dry_run(experiment: Experiment, setup: Setup, mesh: Mesh, console: Console) -> None:
+    """Print the coverage table, the padding and the memory of a run that doesn't run."""
+    describe_setup(setup, console, table=True)
+    console.print(render_memory(memory_per_device(experiment, setup, mesh), mesh.size))

@@ -1,0 +1,79 @@
+"""Our int8 export: codes and scales out of the optimizer's state into a file and back, never quantized again."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.architecture import Architecture
+from research.errors import UserError
+from research.formats import native
+from research.model.layers import tree_of
+from research.model.placement import place, unplace
+from research.quant.grid import GRIDS
+from research.quant.nodes import Encoded, is_encoded
+from research.quant.policy import Format, path_of
+from research.setup import Setup
+from research.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class _Leaves(Mapping[str, native.Leaf]):
+    """Stored parameters as host arrays of their logical shapes, one at a time."""
+
+    encoded: Mapping[str, Any]
+    setup: Setup
+
+    def __getitem__(self, path: str) -> native.Leaf:
+        leaf, table = self.encoded[path], self.setup.table
+        if not isinstance(leaf, Encoded):
+            return unplace(path, leaf, table)
+        scale = None if leaf.scale is None else unplace(f"{path}/scale", leaf.scale, table)
+        return native.StoredLeaf(unplace(f"{path}/codes", leaf.codes, table), scale, _name(self.setup.formats[path]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.encoded)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+def _name(form: Format) -> str:
+    """Return the format as the export's table spells it: "int8/channel", "fp16"."""
+    return f"{form.grid.name}/{form.granularity}" if form.grid.is_scaled else form.grid.name
+
+
+def write_export(
+    directory: Path,
+    encoded: Any,
+    setup: Setup,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    metadata: Mapping[str, Any],
+) -> int:
+    """Write stored parameters (`Encoded` or float leaves) and return the size of the weight file in bytes."""
+    leaves = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
+    by_path = {path_of(path): leaf for path, leaf in leaves}
+    native.write(directory, _Leaves(by_path, setup), architecture, tokenizer, metadata)
+    return (directory / native.WEIGHTS).stat().st_size
+
+
+def place_export(export: native.Export, setup: Setup) -> Any:
+    """Return an export's parameters on the mesh of `setup`: the tree that `write_export` was given, bit for bit."""
+    return tree_of({path: _place(path, export.leaves[path], setup) for path in setup.table})
+
+
+def _place(path: str, leaf: native.Leaf, setup: Setup) -> Any:
+    form = setup.formats.get(path)
+    found = None if isinstance(leaf, np.ndarray) else leaf.format
+    expected = None if form is None else _name(form)
+    if found != expected:
+        raise UserError(f"{path} is {found or 'float'} in the export, and its config says {expected or 'float'}")
+    if isinstance(leaf, np.ndarray):
+        return place(path, leaf, setup.table, setup.mesh)
+    codes = place(f"{path}/codes", leaf.codes, setup.table, setup.mesh)
+    scale = None if leaf.scale is None else place(f"{path}/scale", leaf.scale, setup.table, setup.mesh)
+    return Encoded(codes, scale, GRIDS[leaf.format.split("/")[0]], setup.train.param_dtype)

@@ -1,0 +1,311 @@
+"""The main job, from a config to a run folder: foundation → training → evaluation → export, read back."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from research.config import Experiment
+from research.config_file import from_json, require_resumable, to_json
+from research.environment import peak_host_bytes, versions
+from research.evaluate import Score, make_score, score_examples
+from research.formats import native
+from research.foundation import Foundation, load_foundation
+from research.mesh import describe, make_mesh
+from research.model.placement import bytes_per_device, place_float
+from research.plot import plot_loss
+from research.progress import Progress
+from research.report import (
+    cost_footer,
+    next_commands,
+    print_commands,
+    render_results,
+    result_rows,
+    say,
+)
+from research.results import ModelResult, Results, Summary, prediction_lines
+from research.run_folder import RunFolder, read_config, read_metrics
+from research.setup import Setup, make_setup, require_batch_fits
+from research.tasks import load_task
+from research.tasks.batches import training_batches
+from research.tasks.encoding import EncodedExamples, encode_examples, make_encoder
+from research.tasks.scores import score_labels, score_majority
+from research.tasks.task import Task
+from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
+from research.train.dry_run import describe_setup, show_dry_run
+from research.train.export import place_export, write_export
+from research.train.loop import Trained, train
+from research.train.open_run import open_checkpoint
+from research.train.state import (
+    checkpoint_items,
+    checkpoint_metadata,
+    encoded_weights,
+    restore_state,
+    serving_weights,
+)
+from research.train.step import TrainState, make_optimizer, make_state, make_step
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before the first number is computed."""
+
+    experiment: Experiment
+    foundation: Foundation
+    task: Task
+    splits: Mapping[str, EncodedExamples]
+    setup: Setup
+    mesh: Mesh
+    console: Console
+    download_seconds: float
+
+    @property
+    def float_bytes(self) -> int:
+        """fp32 bytes of the unpadded parameters."""
+        return 4 * sum(prod(parameter.padding.logical) for parameter in self.setup.table.values())
+
+    @property
+    def forward_name(self) -> str:
+        """What the training forward is called in the table: "w8a8", "fp16 weights", "float"."""
+        names = {"w8a8" if (r.weight, r.activation) == ("int8", "int8") else r.weight for r in self.experiment.quantization}
+        return " + ".join(sorted(names)) or "float"
+
+
+def prepare(experiment: Experiment, console: Console) -> Job:
+    """Open foundation and task and put the model together on its mesh, saying what is found."""
+    mesh = make_mesh(experiment.mesh)
+    say(console, "Mesh", describe(mesh))
+    require_batch_fits(experiment, mesh)
+    fetched: list[str] = []
+
+    def report(line: str) -> None:
+        fetched.extend([line] if line.startswith("fetching ") else [])
+        say(console, "Data", line)
+
+    started = time.monotonic()
+    foundation = load_foundation(experiment.foundation, report=report, open_checkpoint=open_checkpoint)
+    say(console, "Foundation", f"{foundation.name}: {foundation.source}")
+    task = load_task(experiment.task, report=report)
+    download_seconds = time.monotonic() - started if fetched else 0.0
+    encoder = make_encoder(task, experiment.task, foundation.tokenizer)
+    splits = {split: encode_examples(encoder, getattr(task, split)) for split in SPLITS}
+    for split, examples in splits.items():
+        if examples.cut:
+            longest = experiment.task.lengths[-1]
+            say(console, "Cut", f"{examples.cut} of {len(examples.prompts)} {split} texts, to fit {longest} tokens")
+    setup = make_setup(foundation.architecture, experiment.quantization, experiment.train, mesh)
+    return Job(experiment, foundation, task, splits, setup, mesh, console, download_seconds)
+
+
+def finetune(
+    experiment: Experiment,
+    config: Path,
+    *,
+    resume: bool,
+    overrides: Sequence[str],
+    console: Console,
+    started: float,
+) -> None:
+    """Run the job in runs/<experiment.run>/; `started` is the `time.monotonic()` at which the command began.
+
+    Raises `UserError` for what the user can mend, `Stopped` after SIGTERM or Ctrl-C.
+    """
+    folder = _open_folder(experiment, resume)
+    with folder, jax.set_mesh(make_mesh(experiment.mesh)):
+        job = prepare(experiment, console)
+        describe_setup(job.setup, console, table=False)
+        foundation_ey = _score_foundation(job)
+        trained = _train(job, folder, resume)
+        scores = {"foundation": foundation_ey, **_score_trained(job, folder, trained.state)}
+        _conclude(job, folder, trained, scores, started)
+    print_commands(
+        console,
+        next_commands(
+            folder.path,
+            config,
+            steps=experiment.train.steps,
+            tensor=job.mesh.shape["tensor"],
+            chat=experiment.task.chat,
+            overrides=overrides,
+        ),
+    )
+
+
+def dry_run(experiment: Experiment, console: Console) -> None:
+    """Show what a run would look like: mesh, padding, coverage and memory; no step, no run folder."""
+    job = prepare(experiment, console)
+    show_dry_run(experiment, job.setup, job.mesh, console)
+
+
+def _open_folder(experiment: Experiment, resume: bool) -> RunFolder:
+    path = Path("runs") / experiment.run
+    if not resume:
+        return RunFolder.create(path, to_json(experiment))
+    require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
+    folder = RunFolder.resume(path)
+    folder.replace_config(to_json(experiment))
+    return folder
+
+
+def score_split(
+    job: Job, score: Score, setup: Setup, weights: Any, split: str, title: str | None
+) -> np.ndarray:
+    """Return the log-probability of each label of each example of a split, nats, [e, y]; a bar if it has a title."""
+    examples, evaluation = job.splits[split], job.experiment.evaluation
+    arguments = score, setup, weights, examples, job.experiment.task.lengths, evaluation.batch_size
+    if title is None:
+        return score_examples(*arguments)
+    with Progress(job.console, title, len(examples.prompts), unit="message") as progress:
+        return score_examples(*arguments, report=progress.update)
+
+
+def _score_foundation(job: Job) -> np.ndarray:
+    setup = make_setup(job.foundation.architecture, (), job.experiment.train, job.mesh)
+    weights = place_float(job.foundation.read, setup.table, job.mesh)
+    return score_split(job, make_score(setup), setup, weights, "test", "Scoring the foundation")
+
+
+def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
+    experiment, setup = job.experiment, job.setup
+    tx = make_optimizer(experiment.optimizer, experiment.train, setup.policy, setup.table)
+    state = _restored(job, folder, tx) if resume else None
+    if state is None:
+        state = make_state(tx, place_float(job.foundation.read, setup.table, job.mesh), setup.table, job.mesh)
+    step = make_step(setup.settings, setup.graph, tx, experiment.optimizer, experiment.train, job.mesh, state)
+    batches = training_batches(
+        job.splits["train"],
+        experiment.task.lengths,
+        seed=experiment.train.seed,
+        steps=experiment.train.steps,
+        batch_size=experiment.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    metadata = checkpoint_metadata(
+        experiment, job.foundation.architecture, job.foundation.tokenizer, job.mesh, job.foundation.source
+    )
+
+    def tell(line: str) -> None:
+        say(job.console, "Saved", line)
+
+    with (
+        Checkpointer(folder.checkpoints, experiment.checkpoint.keep, report=tell) as checkpointer,
+        folder.metrics(int(state.step), tensorboard=experiment.logging.tensorboard) as log,
+    ):
+        return train(
+            setup,
+            experiment,
+            state,
+            step,
+            batches,
+            log=log,
+            save=lambda state, score: checkpointer.save(
+                int(state.step), checkpoint_items(state), metadata | {"step": int(state.step)}, score=score
+            ),
+            validate=_validation(job) if experiment.evaluation.every_steps else None,
+            console=job.console,
+        )
+
+
+def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
+    """Return the state of the newest whole checkpoint, None (and a line) if there is none."""
+    path, skipped = newest_whole(folder.checkpoints)
+    for line in skipped:
+        say(job.console, "Resume", line)
+    if path is None:
+        say(job.console, "Resume", "no whole checkpoint yet: starting from the foundation")
+        return None
+    state = restore_state(path, job.setup, tx, read_metadata(path), verified=True)
+    say(job.console, "Resume", f"from step {int(state.step)}, {path}")
+    return state
+
+
+def _validation(job: Job) -> Any:
+    score = make_score(job.setup)
+    examples = job.splits["validation"]
+
+    def validate(state: TrainState) -> float:
+        weights = serving_weights(encoded_weights(state))
+        logp_ey = score_split(job, score, job.setup, weights, "validation", None)
+        nll_e = -logp_ey[np.arange(len(examples.gold_e)), examples.gold_e]
+        return float(nll_e.sum() / examples.answer_tokens_y[examples.gold_e].sum())
+
+    return validate
+
+
+def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, np.ndarray]:
+    """Score the run's own codes, then those of its export read back, through one compiled program."""
+    score = make_score(job.setup)
+    encoded = encoded_weights(state)
+    scores = {
+        "finetuned": score_split(
+            job, score, job.setup, serving_weights(encoded), "test", "Scoring the fine-tuned model"
+        )
+    }
+    directory = folder.path / "export"
+    shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
+    metadata = {"experiment": to_json(job.experiment), "step": int(state.step), "foundation": job.foundation.source}
+    write_export(directory, encoded, job.setup, job.foundation.architecture, job.foundation.tokenizer, metadata)
+    say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
+    del encoded
+    weights = serving_weights(place_export(native.read(directory), job.setup))
+    scores["quantized"] = score_split(job, score, job.setup, weights, "test", "Scoring the export")
+    return scores
+
+
+def _conclude(
+    job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str, np.ndarray], started: float
+) -> None:
+    """Write predictions, plot and summary, and print the table."""
+    experiment, task, test = job.experiment, job.task, job.splits["test"]
+    samples = experiment.evaluation.bootstrap_samples
+    sizes = {
+        "foundation": job.float_bytes,
+        "finetuned": job.float_bytes * (2 if experiment.train.param_dtype == "bfloat16" else 4) // 4,
+        "quantized": (folder.path / "export" / native.WEIGHTS).stat().st_size,
+    }
+    found = {
+        name: ModelResult.of(score_labels(logp_ey, test.gold_e, test.answer_tokens_y, samples), sizes[name])
+        for name, logp_ey in scores.items()
+    }
+    macro_f1, accuracy = score_majority(job.splits["train"].gold_e, test.gold_e, len(task.labels), samples)
+    results = Results(majority=ModelResult(macro_f1=macro_f1, accuracy=accuracy), **found)
+    folder.write_predictions(
+        prediction_lines([e.text for e in task.test], [e.label for e in task.test], task.labels, scores)
+    )
+    plot_loss(read_metrics(folder.path), folder.loss_plot, experiment.run)
+    costs = {
+        "param_bytes_per_device": bytes_per_device(trained.state.params),
+        "peak_host_bytes": peak_host_bytes(),
+        "tokens_per_second": trained.tokens_per_second,
+        "seconds": time.monotonic() - started - job.download_seconds,
+    }
+    summary = Summary(
+        task=task.name,
+        results=results,
+        bytes_float=job.float_bytes,
+        bytes_quantized=sizes["quantized"],
+        steps=int(trained.state.step),
+        mesh=dict(job.mesh.shape),
+        versions=versions(),
+        extra={
+            "skipped_steps": trained.skipped,
+            "download_seconds": job.download_seconds,
+            "foundation_source": job.foundation.source,
+            "test_examples": len(test.prompts),
+        },
+        **costs,
+    )
+    folder.write_summary(summary.to_json())
+    rows = result_rows(results, f"{job.forward_name} forward", "exported, read back")
+    job.console.print(render_results(rows, len(test.prompts), cost_footer(**costs)))

@@ -1,0 +1,98 @@
+"""A checkpoint's arrays from one mesh's padding to another's: unpadded and padded anew, not a bit of them changed."""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from research.errors import UserError
+from research.padding import AxisPadding, Padding
+from research.train.manifest import Leaf
+
+Paddings = Mapping[str, Padding] | Callable[[str], Padding | None]
+Changes = Mapping[str, tuple[Padding, Padding]]  # leaf path → saved padding, target padding
+
+
+def padding_to_json(padding: Padding) -> list[list[list[int]]]:
+    """Return a padding as JSON: per axis the factors of the logical and those of the padded size."""
+    return [[list(axis.logical), list(axis.padded)] for axis in padding.axes]
+
+
+def padding_from_json(value: Any) -> Padding:
+    """Return the padding that `padding_to_json` gave."""
+    try:
+        axes = tuple(AxisPadding(tuple(map(int, logical)), tuple(map(int, padded))) for logical, padded in value)
+        if any(len(axis.logical) != len(axis.padded) for axis in axes):
+            raise ValueError("factorisations of different length")
+    except (TypeError, ValueError):
+        raise UserError(f"padding {value!r} in a checkpoint's metadata is not [[logical, padded], …]") from None
+    return Padding(axes)
+
+
+def padding_changes(
+    path: Path, saved: Mapping[str, Leaf], target: Mapping[str, Any], old_paddings: Paddings, new_paddings: Paddings
+) -> Changes:
+    """Return the leaves whose padding differs; `UserError` where padding and shape don't agree."""
+    old_of, new_of = _lookup(old_paddings), _lookup(new_paddings)
+    changes = {}
+    for name in sorted(target.keys() & saved.keys()):
+        shapes = saved[name].shape, tuple(target[name].shape)
+        old, new = (_known(padding, shape) for padding, shape in zip((old_of(name), new_of(name)), shapes, strict=True))
+        if (old.padded, new.padded) != shapes or old.logical != new.logical:
+            raise UserError(
+                f"checkpoint {path}: {name} is saved as {_shape_text(shapes[0], old)} and expected as "
+                f"{_shape_text(shapes[1], new)}; load it with the model and the policy it was saved with"
+            )
+        if old != new and not (old.is_none and new.is_none):
+            changes[name] = old, new
+    return changes
+
+
+def sharding_of_shape(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """Return `sharding` without the mesh axes that don't divide `shape`: for an array on its way to another shape."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+
+    def divides(size: int, names: Any) -> bool:
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % prod(sharding.mesh.shape[name] for name in names) == 0
+
+    spec = [names if divides(size, names) else None for size, names in zip(shape, sharding.spec, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def repad(arrays: Mapping[str, jax.Array], changes: Changes, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
+    """Return the arrays at their new padding (zero there), placed by `shardings`, in one compiled program."""
+
+    def change(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: _change(x, *changes[name]) for name, x in arrays.items()}
+
+    return jax.jit(change, out_shardings=dict(shardings))(dict(arrays))
+
+
+def _change(x: jax.Array, old: Padding, new: Padding) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.asarray(new.pad(old.unpad(x)))
+    # As integers: moving shards may be compiled to a sum with zeros, which would turn -0.0 into 0.0.
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(new.pad(old.unpad(bits)), x.dtype)
+
+
+def _lookup(paddings: Paddings) -> Callable[[str], Padding | None]:
+    return paddings.get if isinstance(paddings, Mapping) else paddings
+
+
+def _known(padding: Padding | None, shape: tuple[int, ...]) -> Padding:
+    return Padding.none(shape) if padding is None else padding
+
+
+def _shape_text(shape: tuple[int, ...], padding: Padding) -> str:
+    return (
+        f"{list(shape)}"
+        if padding.is_none
+        else f"{list(shape)} ({list(padding.logical)} padded to {list(padding.padded)})"
+    )

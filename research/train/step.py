@@ -1,0 +1,157 @@
+"""The optimizer of an experiment, its state, and one training step."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from research.config import OptimizerConfig, TrainConfig
+from research.model.layers import Settings
+from research.model.placement import Table, shardings
+from research.quant.optimizer import apply_updates, project, quantize, view
+from research.quant.policy import Policy, path_of
+from research.tasks.batches import Batch
+from research.train.metrics import loss_sums
+
+
+class TrainState(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+      step: optimizer steps done, int32 scalar.
+      params: nested dict; quantized leaves on their grid in `param_dtype`, the others float32.
+      optimizer: state of the optax chain, with latents, scales and codes in it.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, float32 scalars but for the counts."""
+
+    loss: jax.Array  # nats per answer token
+    tokens: jax.Array  # answer tokens that the loss is over
+    grad_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+    nonfinite_in_a_row: jax.Array  # int32; 0 if this step was taken
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Return the learning rate by step: linear warm-up, then cosine down to a fraction of the peak."""
+    warmup = min(config.warmup_steps, steps - 1) if steps > 1 else 0
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (warmup + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, train: TrainConfig, policy: Policy, table: Table
+) -> optax.GradientTransformationExtraArgs:
+    """Return clipping, then AdamW on the latents, landing on the policy's grids; a non-finite gradient is skipped."""
+
+    def decayed(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(table[path_of(path)].contract), params)
+
+    adamw = optax.adamw(
+        make_schedule(config, train.steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantize(adamw, policy, dtype=train.param_dtype))
+    # After so many in a row optax would accept a non-finite gradient; the loop stops the run one earlier.
+    return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite))
+
+
+def start_state(tx: optax.GradientTransformationExtraArgs, float_params: Any) -> TrainState:
+    """Return the state before the first step: latents copy the float weights, params are their projection."""
+    optimizer = tx.init(float_params)
+    return TrainState(jnp.zeros((), jnp.int32), project(optimizer, float_params), optimizer)
+
+
+def make_state(
+    tx: optax.GradientTransformationExtraArgs, float_params: Any, table: Table, mesh: Mesh
+) -> TrainState:
+    """Return `start_state`, every leaf placed on the mesh; `float_params`, float32, are donated."""
+
+    start = partial(start_state, tx)
+    layout = shardings(jax.eval_shape(start, float_params), table, mesh)
+    return jax.jit(start, out_shardings=layout, donate_argnums=0)(float_params)
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_step(
+    settings: Settings,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformationExtraArgs,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    state: TrainState,
+) -> Step:
+    """Return the jitted step; it donates the state. `state` gives the shardings that every step keeps."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    schedule = make_schedule(optimizer, train.steps)
+    gradient_layout = shardings(state.params, settings.table, mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        total, count, gradients = _gradients(graph, state, batch, train)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradients)
+        gradients = jax.lax.with_sharding_constraint(gradients, gradient_layout)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it (schedules, Adam's bias correction)
+            updates, optimizer_state = tx.update(gradients, state.optimizer, state.params)
+            learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        params = apply_updates(state.params, updates, optimizer_state)
+        metrics = StepMetrics(
+            loss=total / count,
+            tokens=count,
+            grad_norm=optax.global_norm(gradients),
+            learning_rate=learning_rate,
+            nonfinite_in_a_row=optimizer_state.notfinite_count,
+        )
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, jax.P())))
+
+
+def _gradients(
+    graph: nnx.GraphDef, state: TrainState, batch: Batch, train: TrainConfig
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return loss sum, token count and the gradient of the sum with respect to the on-grid params."""
+
+    def loss(params: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(graph, view(params, state.optimizer), part, train.loss_chunk)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if train.accumulate == 1:
+        (total, count), gradients = gradient(state.params, batch)
+        return total, count, gradients
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        (total, count), gradients = gradient(state.params, part)
+        widened = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        return jax.tree.map(jnp.add, sums, (total, count, widened)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    sums, _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0), zeros), _micro_batches(batch, train.accumulate))
+    return sums
+
+
+def _micro_batches(batch: Batch, parts: int) -> Batch:
+    """Return the batch with a leading axis of `parts`; each device keeps its rows, so nothing moves."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)

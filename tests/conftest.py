@@ -1,0 +1,41 @@
+"""What every test stands on: eight simulated CPU devices, strict promotion of dtypes and ranks, repeatable examples."""
+
+from collections.abc import Callable
+
+import hypothesis
+import jax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from research.config import MeshConfig
+from research.mesh import make_mesh
+
+DEVICES = 8
+
+# Before the first computation, and whatever the environment says: the suite states figures of simulated CPU devices.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", DEVICES)
+# Mixing int8, bfloat16 and float32 by accident is the mistake that quantization code is prone to.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Examples from a fixed seed: a failure in one run is a failure in the next. No deadline: the first call compiles.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def simulated_devices() -> None:
+    """Fail at once, with the reason, where the devices are not those that the tests are written for."""
+    found = jax.devices()
+    assert len(found) == DEVICES and found[0].platform == "cpu", f"need {DEVICES} simulated CPU devices, have {found}"
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[..., Mesh]:
+    """Return `mesh_of(data=1, fsdp=1, tensor=1, axis_type=Auto)`: a mesh over the first of the simulated devices."""
+
+    def make(axis_type: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
+        return make_mesh(MeshConfig(**sizes), axis_type=axis_type)
+
+    return make

@@ -1,0 +1,173 @@
+"""What the exam of the wrapper is taken on: a table of formats, and a small model that has a branch for each of them.
+
+Every test of the exam walks over this table, so a later grid, a learned scale or another placement of the latents is
+examined everywhere by adding a row. All formats live in one model: one compilation examines them together.
+
+A branch has one leaf of every kind that goes wrong in its own way: a matrix (with an output that starts at zero and one
+that stays there, as padding does), stacked layers, a table that is used twice, a vector and a scalar.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+
+from research.quant import Encoded, Leaf, Policy, Quantized, Rule, apply_updates, view
+from research.quant.nodes import is_encoded
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row: a format, and whether plain `optax.apply_updates` is promised to land on its grid."""
+
+    name: str
+    grid: str
+    granularity: str = "channel"
+    plain_lands: bool = True
+
+
+FORMS = (
+    Form("identity", "fp32"),
+    Form("brain", "bf16", plain_lands=False),
+    Form("half", "fp16", plain_lands=False),
+    Form("tensor", "int8", "tensor"),
+    Form("channel", "int8", "channel"),
+    Form("group", "int8", "group:32"),
+)
+QUANTIZED = tuple(form for form in FORMS if form.grid != "fp32")
+PARAM_DTYPES = ("float32", "bfloat16")
+
+# The matrix leaves of a branch: axis letters, those that a product sums over, sizes.
+LEAVES = {
+    "matrix_do": ("do", "d", (64, 7)),
+    "stack_ldf": ("ldf", "d", (3, 32, 5)),
+    "table_vd": ("vd", "d", (11, 32)),
+}
+STILL, LATE = 5, 2  # outputs of matrix_do: never used and zero, used but zero at first
+EXAMPLES = 13
+
+
+def policy_for(forms: tuple[Form, ...] = FORMS) -> Policy:
+    """Return the policy that gives every branch its format; vectors and scalars are matched, too, and stay float."""
+    rules = tuple(Rule(match=f"{form.name}/.*", weight=form.grid, granularity=form.granularity) for form in forms)
+    leaves = {
+        f"{form.name}/{name}": Leaf(axes, contract, shape, (1,) * len(shape))
+        for form in forms
+        for name, (axes, contract, shape) in LEAVES.items()
+    }
+    return Policy(rules, leaves)
+
+
+def make_params(forms: tuple[Form, ...] = FORMS, dtype: str = "float32") -> PyTree:
+    """Return float parameters of the model, {form: {leaf: array}}; the same values in every branch."""
+    rng = np.random.default_rng(7)
+    branch = {name: rng.normal(0, 0.2, shape) for name, (_, _, shape) in LEAVES.items()}
+    branch["matrix_do"][:, [STILL, LATE]] = 0
+    branch["table_vd"][3] = 0
+    branch |= {"bias_o": rng.normal(0, 0.1, 7), "gain": np.float64(1.25)}
+    return {form.name: {name: jnp.asarray(value, dtype) for name, value in branch.items()} for form in forms}
+
+
+def make_batches(steps: int) -> PyTree:
+    """Return `steps` batches, leading axis steps, of a task that keeps the weights moving."""
+    rng = np.random.default_rng(11)
+    return {
+        "x_bd": jnp.asarray(rng.normal(size=(steps, EXAMPLES, 64)), jnp.float32),
+        "token_b": jnp.asarray(rng.integers(0, 11, (steps, EXAMPLES)), jnp.int32),
+        "target_bo": jnp.asarray(rng.normal(size=(steps, EXAMPLES, 7)), jnp.float32),
+    }
+
+
+def branch_loss(branch: PyTree, batch: PyTree) -> jax.Array:
+    """Return the loss of one branch, float32 scalar; leaves are arrays or `Quantized`."""
+    branch = jax.tree.map(_value, branch, is_leaf=lambda node: isinstance(node, Quantized))
+    out_bo = jnp.tanh(batch["x_bd"] @ branch["matrix_do"] + branch["bias_o"][None])
+    used_o = (jnp.arange(7) != STILL).astype(jnp.float32)
+    embedded_bd = branch["table_vd"][batch["token_b"]]
+    mixed_bf = jnp.einsum("bd,ldf->bf", embedded_bd, branch["stack_ldf"])
+    logits_bv = branch["gain"] * embedded_bd @ branch["table_vd"].T
+    errors_bo = (out_bo - batch["target_bo"]) ** 2 * used_o[None]
+    own_b = jnp.where(jnp.arange(11)[None] == batch["token_b"][:, None], logits_bv, 0).sum(-1)
+    surprise_b = jax.nn.logsumexp(logits_bv, axis=-1) - own_b
+    return errors_bo.mean() + jnp.cos(mixed_bf).mean() + surprise_b.mean()
+
+
+def _value(node: Any) -> jax.Array:
+    value = node.value if isinstance(node, Quantized) else node
+    return value.astype(jnp.float32)
+
+
+def losses(weights: PyTree, batch: PyTree) -> PyTree:
+    """Return {form: loss}."""
+    return {name: branch_loss(branch, batch) for name, branch in weights.items()}
+
+
+def gradients(params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """Return {form: loss} and the float32 gradients with respect to the on-grid parameters."""
+
+    def total(params: PyTree) -> tuple[jax.Array, PyTree]:
+        by_form = losses(view(params, state), batch)
+        return jnp.stack(list(by_form.values())).sum(), by_form
+
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    grads, by_form = jax.grad(total, has_aux=True)(wide)
+    return by_form, grads
+
+
+def make_step(tx: optax.GradientTransformationExtraArgs, **extra: Any):
+    """Return the train step (params, state, batch) -> (params, state, {form: loss}), not compiled."""
+
+    def step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        by_form, grads = gradients(params, state, batch)
+        updates, state = update(tx, grads, state, params, **extra)
+        return apply_updates(params, updates, state), state, by_form
+
+    return step
+
+
+def update(tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: PyTree, params: PyTree, **extra: Any):
+    """Call `tx.update` under the promotion rules that optax is written for.
+
+    Our tests run under strict promotion; optax counts steps in int32 and multiplies them into float32 (the bias
+    correction of Adam, schedules), which strict promotion forbids.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return tx.update(grads, state, params, **extra)
+
+
+def reference_decode(encoded: Encoded) -> np.ndarray:
+    """Return what codes and scale stand for, computed in numpy: dtype(f32(code) · f32(scale)), zeros positive."""
+    w = np.asarray(encoded.codes).astype(np.float32)
+    if encoded.scale is not None:
+        scale = np.asarray(encoded.scale).astype(np.float32)
+        for axis, (size, blocks) in enumerate(zip(w.shape, scale.shape, strict=True)):
+            scale = np.repeat(scale, size // blocks, axis)
+        w = w * scale
+    w = w.astype(ml_dtypes.bfloat16 if encoded.dtype == "bfloat16" else encoded.dtype)
+    return np.where(w == 0, np.zeros_like(w), w)
+
+
+def bits(x: Any) -> np.ndarray:
+    """Return the bit pattern of a float array, so that -0.0 and 0.0 differ."""
+    x = np.asarray(x)
+    return x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+
+
+def same_bits(left: PyTree, right: PyTree) -> bool:
+    """Whether two trees have the same structure, shapes, dtypes and bits."""
+    if jax.tree.structure(left) != jax.tree.structure(right):
+        return False
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(a.dtype == b.dtype and np.array_equal(bits(a), bits(b)) for a, b in pairs)
+
+
+def encoded_leaves(encoded: PyTree) -> dict[str, Encoded]:
+    """Return {path: Encoded} of the tree that `export` returns."""
+    found = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): node for path, node in found if is_encoded(node)}
