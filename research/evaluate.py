@@ -1,20 +1,55 @@
 """Scoring a model: one compiled forward for every source of weights, so that what is equal stays equal bit for bit."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
+from research.config import Experiment, TaskConfig
+from research.errors import UserError
+from research.progress import Progress
+from research.report import render_results, say
+from research.results import ModelResult
 from research.setup import Setup, batch_ways, put_batch
+from research.tasks import load_task
 from research.tasks.batches import Batch, gather_examples, label_logp, scoring_batches, text_batches
-from research.tasks.encoding import EncodedExamples
+from research.tasks.encoding import EncodedExamples, encode_examples, make_encoder
+from research.tasks.scores import score_labels
+from research.tasks.task import Task
+from research.tokenizer import Tokenizer
 from research.train.metrics import answer_nll
+from research.train.serve import Served
 
 Score = Callable[[Any, Batch], jax.Array]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task's splits as token ids."""
+
+    task: Task
+    config: TaskConfig
+    splits: Mapping[str, EncodedExamples]
+
+
+def load_examples(
+    config: TaskConfig, tokenizer: Tokenizer, console: Console, splits: Sequence[str], report: Report
+) -> Examples:
+    """Load a task and encode some of its splits; texts that had to be cut are counted and said."""
+    task = load_task(config, report=report)
+    encoder = make_encoder(task, config, tokenizer)
+    encoded = {split: encode_examples(encoder, getattr(task, split)) for split in splits}
+    for split, examples in encoded.items():
+        if examples.cut:
+            say(console, "Cut", f"{examples.cut} of {len(examples.prompts)} {split} texts, to fit {config.lengths[-1]} tokens")
+    return Examples(task, config, encoded)
 
 
 def make_score(setup: Setup) -> Score:
@@ -31,24 +66,33 @@ def score_examples(
     score: Score,
     setup: Setup,
     weights: Any,
-    examples: EncodedExamples,
-    lengths: Sequence[int],
+    examples: Examples,
+    split: str,
     batch_size: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Return the log-probability of each label of each example, nats, float64 [e, y].
+    """Return the log-probability of each label of each example of a split, nats, float64 [e, y].
 
     `batch_size` is rounded up to what the mesh divides; `report` is told how many examples are done.
     """
+    encoded = examples.splits[split]
     ways = batch_ways(setup.mesh)
     scored: list[tuple[Any, np.ndarray]] = []
     done = 0
-    for part in scoring_batches(examples, lengths, -(-batch_size // ways) * ways):
+    for part in scoring_batches(encoded, examples.config.lengths, -(-batch_size // ways) * ways):
         nll_ba = np.asarray(score(weights, put_batch(part.batch, setup.mesh)))
-        scored.append((part, label_logp(part.batch, -nll_ba, len(examples.answers))))
+        scored.append((part, label_logp(part.batch, -nll_ba, len(encoded.answers))))
         done += int((part.example_b >= 0).sum())
         report(done)
-    return gather_examples(scored, len(examples.prompts))
+    return gather_examples(scored, len(encoded.prompts))
+
+
+def score_test(
+    title: str, setup: Setup, score: Score, weights: Any, examples: Examples, batch_size: int, console: Console
+) -> np.ndarray:
+    """Return `score_examples` of the test split, with a progress bar called `title`."""
+    with Progress(console, title, len(examples.splits["test"].prompts), unit="message") as progress:
+        return score_examples(score, setup, weights, examples, "test", batch_size, progress.update)
 
 
 @dataclass(frozen=True)
@@ -83,3 +127,59 @@ def score_text(
         report(count)
     return TextScore(total / count, count, min(window, len(tokens)))
 
+
+
+def evaluate_task(served: Served, experiment: Experiment, console: Console) -> dict[str, Any]:
+    """Score a model on the test split of its task, print the table, return loss, tokens, mesh and metrics."""
+    evaluation = experiment.evaluation
+
+    def report(line: str) -> None:
+        say(console, "Data", line)
+
+    examples = load_examples(experiment.task, served.tokenizer, console, ("test",), report)
+    score = make_score(served.setup)
+    logp_ey = score_test(
+        "Scoring", served.setup, score, served.weights, examples, evaluation.batch_size, console
+    )
+    test = examples.splits["test"]
+    scores = score_labels(logp_ey, test.gold_e, test.answer_tokens_y, evaluation.bootstrap_samples)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(served.weights))
+    console.print(render_results([("this model", ModelResult.of(scores, size))], len(test.prompts)))
+    return {
+        "loss": scores.loss.value,
+        "tokens": scores.tokens,
+        "mesh": dict(served.setup.mesh.shape),
+        "task": examples.task.name,
+        "macro_f1": scores.macro_f1.value,
+        "accuracy": scores.accuracy.value,
+        "examples": len(test.prompts),
+    }
+
+
+def evaluate_text(served: Served, path: Path, window: int, console: Console) -> dict[str, Any]:
+    """Score a model on a text file, with the special tokens that its tokenizer adds and no others.
+
+    `window`: tokens of context, 0 = as many as the model was trained for; longer texts are read in consecutive windows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path}: can't be read as UTF-8 text ({error})") from None
+    tokens = served.tokenizer.encode_document(text)
+    context = served.setup.settings.architecture.context
+    if not 0 <= window <= context:
+        raise UserError(f"--window {window}: the model was trained for windows of 2 to {context} tokens")
+    with Progress(console, "Scoring", len(tokens), unit="token") as progress:
+        found = score_text(
+            make_score(served.setup), served.setup, served.weights, tokens, window or context, progress.update
+        )
+        progress.update(len(tokens))
+    say(console, "Perplexity", f"{found.perplexity:.4f} over {found.tokens} tokens in windows of {found.window}")
+    mesh = dict(served.setup.mesh.shape)
+    return {
+        "loss": found.loss,
+        "tokens": found.tokens,
+        "mesh": mesh,
+        "perplexity": found.perplexity,
+        "window": found.window,
+    }

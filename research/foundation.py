@@ -120,6 +120,8 @@ def _open_registered(entry: Registered, cache: Path | None, report: Report) -> t
 def _open_path(name: str, open_checkpoint: CheckpointOpener | None) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix == ".safetensors":
+            raise UserError(f"foundation {name!r} holds weights alone; name its directory, with config.json beside it")
         return gguf.open_model(path)
     if not path.is_dir():
         hint = f"; for the hub write {HUB}{name}" if _HUB_NAME.fullmatch(name) else nearest(name, REGISTRY)
@@ -158,6 +160,6 @@ def _open_from_hub(name: str, cache: Path | None, report: Report) -> tuple[Model
     except Exception as error:  # the hub's own, and those of the HTTP library, which differs between its versions
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"foundation {name!r} can't be fetched ({reason}); check the name, the network, and HF_TOKEN if it is private"
+            f"foundation {name!r} can't be fetched ({reason}); check its name, the network and HF_TOKEN"
         ) from error
     return huggingface.open_model(Path(folder)), f"{HUB}{repository} at revision {Path(folder).name}"

@@ -90,7 +90,7 @@ class Progress:
         self._printed = False
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=self._status())
-        elif done == self._total or now - self._line_at >= self._seconds_between_lines or self._is_first(done):
+        elif now - self._line_at >= self._seconds_between_lines or self._is_first(done):
             self._print_line()
 
     def _is_first(self, done: int) -> bool:

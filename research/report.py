@@ -8,7 +8,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from math import prod
@@ -141,23 +142,29 @@ def describe_sharding(letters: str, spec: PartitionSpec, shards: Sequence[int]) 
     return " ".join(split) or "replicated"
 
 
+_WIDE_HEADERS = ("shape", "padded", "split over", "weight", "activation")
+_NARROW_HEADERS = ("shape\n→ padded", "split over", "weight\n× activation")
+_LAST_HEADERS = ("rule", "bytes")
+
+
 @dataclass(frozen=True)
 class _Coverage:
     rows: Sequence[CoverageRow]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _widest_that_fits(console, options, [self._table(wide=True), self._table(wide=False)])
+        rules = _rules(self.rows)
+        records = ((row.path, [*_cells(row, True), *_rule_and_bytes(rules, row)]) for row in self.rows)
+        stacked = _stacked([*_WIDE_HEADERS, *_LAST_HEADERS], records)
+        yield _first_that_fits(console, options, [self._table(wide=True), self._table(wide=False), stacked])
 
     def _table(self, *, wide: bool) -> Table:
         """Return the table, wide: one line a parameter; else what doesn't fit on a second line."""
         table = _table()
-        table.add_column("parameter", overflow="fold")
-        split = "split over"
-        headers = ["shape", "padded", split, "weight", "activation"]
-        for header in headers if wide else ["shape\n→ padded", split, "weight\n× activation"]:
-            table.add_column(header, no_wrap=True)
-        for header in ("rule", "bytes"):
-            table.add_column(header, justify="right", no_wrap=True)
+        table.add_column("parameter")
+        for header in _WIDE_HEADERS if wide else _NARROW_HEADERS:
+            table.add_column(header)
+        for header in _LAST_HEADERS:
+            table.add_column(header, justify="right")
         rules = _rules(self.rows)
         above: list[str] = []
         for row in self.rows:
@@ -166,10 +173,12 @@ class _Coverage:
                 if folders[: depth + 1] != above[: depth + 1]:
                     table.add_row(Text(f"{'  ' * depth}{folder}/", style="dim"))
             above = folders
-            number = str(rules[row.rule]) if row.rule else _NOTHING
-            cells = _cells(row, wide)
-            table.add_row("  " * len(folders) + name, *map(Text, cells), number, format_bytes(row.bytes))
+            table.add_row("  " * len(folders) + name, *_cells(row, wide), *_rule_and_bytes(rules, row))
         return table
+
+
+def _rule_and_bytes(rules: Mapping[str, int], row: CoverageRow) -> list[str]:
+    return [str(rules[row.rule]) if row.rule else _NOTHING, format_bytes(row.bytes)]
 
 
 def _cells(row: CoverageRow, wide: bool) -> list[str]:
@@ -207,26 +216,36 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
+_NAME_WIDTHS = (60, 22, 14)
+_FIGURES = ("loss", "macro F1", "accuracy", "bytes")
+
+
 @dataclass(frozen=True)
 class _Results:
     rows: Sequence[tuple[str, ModelResult]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _widest_that_fits(console, options, [self._table(" "), self._table("\n")])
+        stacked = _stacked(_FIGURES, ((name, _figures(result, " ")) for name, result in self.rows))
+        narrow = [self._table("\n", name_width) for name_width in _NAME_WIDTHS]
+        yield _first_that_fits(console, options, [self._table(" ", _NAME_WIDTHS[0]), *narrow, stacked])
 
-    def _table(self, between: str) -> Table:
-        """Return the table with `between` between a figure and its interval: a space, or a line's end."""
+    def _table(self, between: str, name_width: int) -> Table:
+        """Return the table with `between` (a space or a line's end) between a figure and its interval."""
         table = _table()
-        table.add_column("model", min_width=14)
-        for name in ("loss", "macro F1", "accuracy", "bytes"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("model")
+        for name in _FIGURES:
+            table.add_column(name, justify="right")
         for index, (name, result) in enumerate(self.rows):
             if index and between == "\n":
                 table.add_row()
-            figures = [_estimate(value, between) for value in (result.loss, result.macro_f1, result.accuracy)]
-            size = _NOTHING if result.bytes is None else format_bytes(result.bytes)
-            table.add_row(name, *figures, size)
+            lines = textwrap.wrap(name, name_width)
+            table.add_row("\n".join(lines), *_figures(result, between))
         return table
+
+
+def _figures(result: ModelResult, between: str) -> list[Text]:
+    size = _NOTHING if result.bytes is None else format_bytes(result.bytes)
+    return [*(_estimate(score, between) for score in (result.loss, result.macro_f1, result.accuracy)), Text(size)]
 
 
 def _estimate(estimate: Score | None, between: str) -> Text:
@@ -306,8 +325,25 @@ def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
 
 
-def _widest_that_fits(console: Console, options: ConsoleOptions, tables: Sequence[Table]) -> Table:
-    """Return the first of `tables` that needs no more than the width there is, or the last."""
+def _stacked(headers: Sequence[str], records: Iterable[tuple[str, Sequence[str | Text]]]) -> Table:
+    """Return a table of two columns: below the name of each record its figures, one a line, empty ones left out."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True)
+    for name, cells in records:
+        table.add_row(name)
+        for header, cell in zip(headers, cells, strict=True):
+            if cell:
+                table.add_row(f"  {header}", cell)
+    return table
+
+
+def _first_that_fits(console: Console, options: ConsoleOptions, tables: Sequence[Table]) -> Table:
+    """Return the first of `tables` that fits with nothing wrapped, or the last.
+
+    The choice can't be left to rich, which cuts columns that may not wrap: a cut number is a wrong number.
+    """
     unlimited = options.update(width=10_000)
-    fitting = (table for table in tables if Measurement.get(console, unlimited, table).maximum <= options.max_width)
+    needed = (Measurement.get(console, unlimited, table).maximum for table in tables)
+    fitting = (table for table, width in zip(tables, needed, strict=True) if width <= options.max_width)
     return next(fitting, tables[-1])

@@ -1,6 +1,6 @@
 """Numbers as people read them: bytes, durations, counts, rates. The one place, so that all output speaks alike.
 
-Bytes are in binary units (1 MiB = 2**20 bytes), as memory is sold and as the issue of limits is stated in GiB.
+Bytes are in binary units (1 MiB = 2**20 bytes), as memory is sold.
 """
 
 import math

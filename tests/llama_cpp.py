@@ -18,6 +18,7 @@ class LlamaCpp:
         parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = context, 1, False, 0
         parameters.cpuparams.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = 0  # off: it rounds to half precision on the way
         self.server = xllamacpp.Server(parameters)
 
     def tokenize(self, text: str, special: bool = False, document: bool = False) -> list[int]:

@@ -178,6 +178,8 @@ def test_the_seed_decides_the_order() -> None:
     ]
     assert orders[0] == orders[1]
     assert len({str(order) for order in orders}) == 3
+    # Not only the order of batches, but also which examples meet.
+    assert len({str(sorted(map(sorted, order))) for order in orders}) == 3
 
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
@@ -260,6 +262,7 @@ def test_windows_predict_every_token_but_their_first(tokens: int, batch_size: in
     batches = list(text_batches(text, window, batch_size))
     assert {batch.tokens_bt.shape for batch in batches} == {(batch_size, min(tokens, window))}
     assert {batch.source_ba.shape for batch in batches} == {(batch_size, min(tokens, window) - 1)}
+    assert len(batches) == -(-max(1, -(-(tokens - 1) // window)) // batch_size)
     found = [predictions(batch, row, 1) for batch in batches for row in range(batch_size)]
     expected = [alone(text[start : start + 1], text[start + 1 : start + window]) for start in range(0, tokens, window)]
     assert [part for part in found if part] == [part for part in expected if part]

@@ -26,8 +26,7 @@ from research.config_file import (
 from research.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-HEAD = "from research import config_file
-from research.config import Experiment, MeshConfig, Rule\n"
+HEAD = "from research.config import Experiment, MeshConfig, Rule\n"
 TWO_RULES = Experiment(quantization=(Rule(match="a", weight="int8"), Rule(match="b", weight="bf16")))
 
 
@@ -115,7 +114,7 @@ def test_a_config_may_define_a_dataclass_of_its_own(config) -> None:
         ("import nonesuch", ":1: raised ModuleNotFoundError: No module named 'nonesuch'"),
         ("import sys\nsys.exit(3)", ":2: raised SystemExit: 3"),
         ("def get_config():\n\n    raise ValueError('two\\nlines')", ":3: raised ValueError: two lines"),
-        ("def get_config():\n    helper()\n\ndef helper():\n    1 / 0", ":5: raised ZeroDivisionError: division by zero"),
+        ("def get_config():\n    inner()\n\ndef inner():\n    1 / 0", ":5: raised ZeroDivisionError: division by zero"),
         ("def get_config():\n    raise SystemExit('enough')", ":2: raised SystemExit: enough"),
         ("def get_config(name):\n    pass", ": raised TypeError: get_config\\(\\) missing 1 required"),
         ("experiment = 1", ": defines no function get_config\\(\\); it must return an Experiment"),

@@ -7,6 +7,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from research.config import TaskConfig
 from research.errors import UserError
+from research.foundation import load_foundation
+from research.tasks import load_task
 from research.tasks.encoding import encode_examples, leading_messages, make_encoder
 from research.tasks.task import Example, Task
 from research.tokenizer import Tokenizer
@@ -108,10 +110,12 @@ def test_only_the_text_is_cut_and_to_the_longest_that_fits(chat: bool) -> None:
     assert encoder.limit == 128 - sum(len(answer) - 1 for answer in encoder.answers)
     fits = encode_examples(encoder, [Example("x" * (encoder.limit - overhead), "ham")])
     assert (len(fits.prompts[0]), fits.cut) == (encoder.limit, 0)
-    long = encode_examples(encoder, [Example("x" * 1000 + "y", "ham"), Example("short", "spam")])
-    assert long.cut == 1
+    texts = ["x" * (encoder.limit - overhead + 1), "x" * 1000 + "y", "short"]
+    long = encode_examples(encoder, [Example(text, "ham") for text in texts[:2]] + [Example(texts[2], "spam")])
+    assert long.cut == 2
     np.testing.assert_array_equal(long.prompts[0], fits.prompts[0])
-    np.testing.assert_array_equal(long.gold_e, [0, 1])
+    np.testing.assert_array_equal(long.prompts[1], fits.prompts[0])
+    np.testing.assert_array_equal(long.gold_e, [0, 0, 1])
     # Characters of several bytes are not torn: 3 bytes each, so up to 2 tokens stay free.
     torn, was_cut = encoder.prompt_ids("€" * 1000)
     assert was_cut and encoder.limit - 2 <= len(torn) <= encoder.limit
@@ -174,3 +178,18 @@ def test_no_token_that_ends_a_text_is_an_error() -> None:
 def test_a_template_that_loses_the_message_is_an_error() -> None:
     with pytest.raises(UserError, match="shows the user's message 0 times"):
         make_encoder(TASK, TaskConfig(lengths=(256,)), make_tokenizer("<|im_start|>assistant\n"))
+
+
+@pytest.mark.foundation
+@pytest.mark.parametrize(("name", "added", "labels"), [("sms_spam", 22, 3), ("trec", 32, 8)])
+def test_the_packaged_tasks_add_few_tokens_to_a_message(name: str, added: int, labels: int) -> None:
+    """The budget that the shipped configs are planned with: tokens of the empty prompt, and of all labels together."""
+    tokenizer = load_foundation("smollm2-135m-instruct", report=lambda line: None).tokenizer
+    config = TaskConfig(name=name, test_examples=0)
+    task = load_task(config, report=lambda line: None)
+    encoder = make_encoder(task, config, tokenizer)
+    assert len(encoder.render("")) == added
+    assert sum(len(answer) - 1 for answer in encoder.answers) == labels
+    assert {answer[-1] for answer in encoder.answers} == {tokenizer.backend.token_to_id("<|im_end|>")}
+    # Nothing of the test split of a packaged task is cut at the default lengths, but for a message in a hundred.
+    assert encode_examples(encoder, task.test).cut <= len(task.test) / 100

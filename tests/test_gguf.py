@@ -97,11 +97,10 @@ def test_llama_cpp_finds_our_tokens(name, tmp_path):
         "it's  12345",
         "a\n\n b",
         "x<|im_end|>",
-        "</s>",
-        "<s>",
         "Ünï 🙂 é\t",
         "ham<think>ham",
     ]
+    # Not among them: "</s>". llama.cpp merges SentencePiece text into its end token, which we refuse to do.
     for text in texts:
         assert judge.tokenize(text) == tokenizer.encode(text), text
         assert judge.tokenize(text, document=True) == tokenizer.encode_document(text), text
@@ -201,7 +200,7 @@ def test_value_beyond_f16_is_refused_and_leaves_the_old_file(tmp_path):
     path.write_text("the old file")
     source = random_source(replace(WIDE, layers=1), BYTE_LEVEL["smollm"], scale=1e5)
     with pytest.raises(
-        UserError, match=r"embed/table_vd holds values that F16 can't \(largest \d+; take BF16|take BF16"
+        UserError, match=r"embed/table_vd holds values that F16 can't \(largest .*e\+05\); take BF16"
     ):
         write(path, source, type="F16")
     assert path.read_text() == "the old file"

@@ -222,12 +222,20 @@ def test_missing_files_are_named(copy, missing):
 SECOND = "model-00002-of-00003.safetensors"
 
 
+def unlist(directory: Path, name: str) -> None:
+    """Remove a tensor from the index, but not from its shard."""
+    index = json.loads((directory / huggingface.INDEX).read_text())
+    del index["weight_map"][name]
+    (directory / huggingface.INDEX).write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda d: (d / SECOND).unlink(), f"{SECOND} is missing"),
         (lambda d: (d / SECOND).write_bytes((d / SECOND).read_bytes()[:-1]), f"{SECOND} is not a whole"),
         (lambda d: save_file({"x": np.zeros(1)}, d / SECOND), "index and shards are of two models"),
+        (lambda d: unlist(d, Q_PROJECTION), f"tensor {Q_PROJECTION} is in that file, but the index doesn't say so"),
         (lambda d: (d / huggingface.INDEX).write_text("{}"), "has no weight_map"),
         (lambda d: (d / huggingface.INDEX).write_text('{"weight_map": {"a": "../b"}}'), "'../b' is not a file name"),
         (lambda d: (d / huggingface.INDEX).write_text('{"weight_map": {"a": 3}}'), "has no weight_map"),

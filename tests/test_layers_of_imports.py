@@ -10,7 +10,7 @@ LEVELS = (
     "errors axes architecture padding config config_file command_line units environment",
     "mesh quant kernels packages",
     "model foundation formats tokenizer chat_template tasks",
-    "train evaluate plan report results run_folder plot progress",
+    "train evaluate plan setup report results run_folder plot progress",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 MODULES = {

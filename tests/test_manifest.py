@@ -136,6 +136,9 @@ def test_a_later_format_is_not_called_damage(tmp_path: Path, monkeypatch: pytest
         patch.setattr("research.train.manifest.FORMAT", 2)
         path = make(tmp_path / "c")
     assert "is not of format 1" in failure(path)
+    path = make(tmp_path / "d")
+    (path / MANIFEST).write_text((path / MANIFEST).read_text().replace('"format": 1', '"format": 2'))
+    assert f"{MANIFEST} has changed content" in failure(path)
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path: Path) -> None:
@@ -152,6 +155,13 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path:
     assert "00000050.tmp" in lines[0] and "never finished" in lines[0]
     assert "100000000" in lines[1] and "weights/d/0" in lines[1]
     assert "00000040" in lines[2] and MANIFEST in lines[2]
+
+
+def test_the_newest_is_whole_if_the_items_asked_for_are(tmp_path: Path) -> None:
+    path = make(step_path(tmp_path, 30))
+    flip(path / "optimizer/d/0", 0)
+    assert newest_whole(tmp_path, ("weights",)) == (path, [])
+    assert newest_whole(tmp_path, ("optimizer",))[0] is None and newest_whole(tmp_path)[0] is None
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:

@@ -162,9 +162,13 @@ def test_devices_are_simulated_unless_the_user_says_how_many(environment, printe
     assert in_new_process(PREPARE, **environment) == printed
 
 
-def test_no_more_devices_are_simulated_than_start_quickly() -> None:
-    script = "mesh = MeshConfig(tensor=10**9)\nprepare_devices(mesh)\nprint(jax.config.jax_num_cpu_devices)"
-    assert in_new_process(script) == "512"
+def test_no_more_devices_are_simulated_than_start_quickly(monkeypatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *update: updates.append(update))
+    prepare_devices(MeshConfig(tensor=10**9))
+    assert updates == [("jax_num_cpu_devices", 512)]
 
 
 def test_started_backends_are_an_error_not_silence(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Our export: bit for bit there and back, about a quarter of float32, and no damaged byte goes unnoticed."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from research.architecture import Architecture, RopeScaling
 from research.errors import UserError
@@ -225,6 +226,40 @@ def test_other_versions_and_formats_are_named(export):
         native.read(export)
     (export / "config.json").write_text(json.dumps(config | {"format": "other"}))
     with pytest.raises(UserError, match="format='other' is not 'research-quantized'"):
+        native.read(export)
+
+
+def sign(directory: Path, config: dict) -> None:
+    """Write a config.json whose digests are right, as a newer program would."""
+    config["sha256"] = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in directory.iterdir()
+        if file.name != "config.json"
+    }
+    config["sha256"]["config.json"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_what_a_newer_program_wrote_is_not_ignored(export):
+    config = json.loads((export / "config.json").read_text())
+    sign(export, config)
+    assert native.read(export).architecture == ARCHITECTURE
+    config["architecture"]["window"] = 128
+    sign(export, config)
+    with pytest.raises(UserError, match="architecture has 'window', unknown to this program"):
+        native.read(export)
+
+
+@pytest.mark.parametrize("damage", ["a tensor less in the file", "a leaf less in both"])
+def test_tensors_that_config_does_not_list_are_named(export, damage):
+    config = json.loads((export / "config.json").read_text())
+    tensors = load_file(export / "model.safetensors")
+    del tensors["layers/mlp/up_df.codes"]
+    if damage == "a leaf less in both":
+        del config["tensors"]["layers/mlp/up_df"]
+    save_file(tensors, export / "model.safetensors")
+    sign(export, config)
+    with pytest.raises(UserError, match="model.safetensors does not hold the tensors of .*config.json"):
         native.read(export)
 
 

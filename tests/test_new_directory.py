@@ -1,6 +1,8 @@
 """An export's folder appears whole or not at all, and never over another one."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,25 @@ def test_appears_only_when_the_block_has_ended(tmp_path):
         assert not target.exists() and partial.parent == target.parent
     assert [file.name for file in target.iterdir()] == ["a"]
     assert [folder.name for folder in target.parent.iterdir()] == ["export"]
+
+
+def test_files_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    events = []
+    rename, fsync = Path.rename, os.fsync
+
+    def note_fsync(descriptor):
+        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    with new_directory(tmp_path / "export") as partial:
+        (partial / "a").write_text("x")
+    assert events == ["flush a", "rename", f"flush {tmp_path.name}"]
 
 
 def test_an_error_leaves_nothing(tmp_path):

@@ -78,7 +78,7 @@ def start(dtype: str) -> tuple[optax.GradientTransformationExtraArgs, PyTree, Py
 
 @cache
 def history(dtype: str) -> History:
-    """Train every form for 200 steps in one compiled scan: gradient, update and both ways to apply it in one program."""
+    """Train every form for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
     tx, params, state = start(dtype)
 
     def step(carry: Any, batch: PyTree) -> tuple[Any, History]:
@@ -120,7 +120,7 @@ def test_params_are_on_the_grid_after_each_of_200_steps(form: Form, dtype: str) 
 @EACH_DTYPE
 @EACH_FORM
 def test_plain_optax_apply_updates_lands_where_it_is_promised(form: Form, dtype: str) -> None:
-    """As part of the training program, and as a program of its own (the compiler may simplify p + (q - p) in the first)."""
+    """As part of the training program, and as one of its own: a compiler might make p + (q - p) a q in the first."""
     seen = history(dtype)
     apart = plain_apply(seen.before[form.name], jax.tree.map(jnp.asarray, seen.updates[form.name]))
     for name in LEAVES:
@@ -297,7 +297,7 @@ def test_channels_of_zeros_stay_zero_or_wake_up_and_nothing_is_negative_zero(for
         assert (matrix.scale[:, :, STILL] == 1).all() and (matrix.scale[:, :, LATE] < 0.01).all()
     assert latent["matrix_do"].dtype == np.float32
     for name in ("bias_o", "gain"):  # float leaves: trained, without a latent
-        assert isinstance(latent[name], optax.MaskedNode) and (after[name][0] != after[name][-1]).all()
+        assert isinstance(latent[name], optax.MaskedNode) and (after[name][0] != after[name][-1]).any()
 
 
 def test_stacked_layers_have_a_scale_each() -> None:
@@ -314,44 +314,46 @@ def test_stacked_layers_have_a_scale_each() -> None:
 HEADS = Padding((AxisPadding.none(32), AxisPadding((3, 3), (4, 3)), AxisPadding((5,), (8,))))
 
 
+HEADS_OF_SCALE = Padding((AxisPadding.none(1), *HEADS.axes[1:]))
+
+
+@cache
+def trained_heads(padded: bool) -> tuple[PyTree, PyTree]:
+    """Return params and state, a leaf for each form, after 20 AdamW steps with weight decay and fixed gradients."""
+    place = HEADS.pad if padded else (lambda x: x)
+    rng = np.random.default_rng(3)
+    start, *gradients = (jnp.asarray(place(x)) for x in rng.normal(0, 0.1, (21, *HEADS.logical)).astype(np.float32))
+    rules = tuple(Rule(match=form.name, weight=form.grid, granularity=form.granularity) for form in QUANTIZED)
+    leaf = Leaf("dnh", "d", HEADS.logical, (1, 1, 1))
+    tx = quantize(inner_optimizer(), Policy(rules, {form.name: leaf for form in QUANTIZED}))
+
+    def step(carry: Any, grad_dnh: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = update(tx, {form.name: grad_dnh for form in QUANTIZED}, state, params)
+        return (apply_updates(params, updates, state), state), None
+
+    @jax.jit
+    def train(start_dnh: jax.Array, gradients: jax.Array) -> tuple[PyTree, PyTree]:
+        state = tx.init({form.name: start_dnh for form in QUANTIZED})
+        return jax.lax.scan(step, (project(state), state), gradients)[0]
+
+    return jax.device_get(train(start, jnp.stack(gradients)))
+
+
 @EACH_FORM
 def test_padding_is_neutral(form: Form) -> None:
-    """Twenty AdamW steps with weight decay, equal gradients: padded entries are zero, the rest is as without padding."""
-
-    def train(padded: bool) -> PyTree:
-        place = HEADS.pad if padded else (lambda x: x)
-        rng = np.random.default_rng(3)
-        params = {"w_dnh": jnp.asarray(place(rng.normal(0, 0.1, HEADS.logical).astype(np.float32)))}
-        grads = [{"w_dnh": jnp.asarray(place(rng.normal(size=HEADS.logical).astype(np.float32)))} for _ in range(20)]
-        leaf = Leaf("dnh", "d", HEADS.logical, (1, 1, 1))
-        policy = Policy((Rule(match=".*", weight=form.grid, granularity=form.granularity),), {"w_dnh": leaf})
-        tx = quantize(inner_optimizer(), policy)
-        state = jax.jit(tx.init)(params)
-        params = jax.jit(project)(state)
-
-        def step(carry: Any, grads: PyTree) -> tuple[Any, None]:
-            params, state = carry
-            updates, state = update(tx, grads, state, params)
-            return (apply_updates(params, updates, state), state), None
-
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-        return jax.device_get(jax.jit(lambda carry: jax.lax.scan(step, carry, stacked)[0])((params, state)))
-
-    (padded_params, padded), (params, state) = train(padded=True), train(padded=False)
-    outside = ~HEADS.mask()
-    arrays = [leaf for leaf in jax.tree.leaves((padded_params, padded)) if leaf.shape == HEADS.padded]
-    assert len(arrays) == 5, "params, latents, codes and two moments"
-    for array in arrays:
-        assert not bits(array)[outside].any()
-    assert same_bits(HEADS.unpad(padded_params["w_dnh"]), params["w_dnh"])
-    ours, plain = padded.encoded["w_dnh"], state.encoded["w_dnh"]
-    assert same_bits(HEADS.unpad(ours.codes), plain.codes)
+    """Padded entries are zero, the rest is as without padding."""
+    (params, state), (plain_params, plain_state) = trained_heads(padded=True), trained_heads(padded=False)
+    adam = state.inner_state[0]
+    encoded, plain = state.encoded[form.name], plain_state.encoded[form.name]
+    for tree in (params, state.latent, adam.mu, adam.nu):
+        assert not bits(tree[form.name])[~HEADS.mask()].any()
+    assert not bits(encoded.codes)[~HEADS.mask()].any()
+    assert same_bits(HEADS.unpad(params[form.name]), plain_params[form.name])
+    assert same_bits(HEADS.unpad(encoded.codes), plain.codes)
     if plain.scale is not None:
-        scale = ours.scale if ours.scale.size == 1 else HEADS_WITHOUT_D.unpad(ours.scale)
+        scale = encoded.scale if encoded.scale.size == 1 else HEADS_OF_SCALE.unpad(encoded.scale)
         assert same_bits(scale, plain.scale)
-
-
-HEADS_WITHOUT_D = Padding((AxisPadding.none(1), *HEADS.axes[1:]))
 
 
 @pytest.mark.parametrize("params", [{}, (), {"a": {}, "b": ()}, {"gain": jnp.float32(3)}, jnp.float32(2)], ids=str)

@@ -54,6 +54,12 @@ def test_keeps_the_kind_and_the_dtype_of_an_array(dtype) -> None:
         np.testing.assert_array_equal(padding.unpad(padded), x)
 
 
+@pytest.mark.parametrize("numpy", [np, jnp])
+def test_padding_may_be_filled_with_something_else_than_zero(numpy) -> None:
+    filled = Padding((AxisPadding((3,), (5,)),)).pad(numpy.asarray([1.0, 2.0, 3.0], np.float32), fill=7)
+    assert filled.tolist() == [1, 2, 3, 7, 7] and filled.dtype == np.float32
+
+
 def test_none_changes_nothing() -> None:
     padding = Padding.none((2, 5))
     x = np.arange(10).reshape(2, 5)

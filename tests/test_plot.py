@@ -44,6 +44,7 @@ def test_both_panels_hold_their_series() -> None:
     for axes, bottom in ((upper, 2.0), (lower, 1e-4)):
         low, high = axes.get_ylim()
         assert low == 0 and bottom < high < 1.2 * bottom, "all of the curve, and zero, in view"
+    assert [tick for tick in lower.get_xticks() if 0 <= tick <= 40] == list(range(0, 41, 5))
     assert upper.get_position().height > 2.5 * lower.get_position().height
 
 

@@ -131,6 +131,15 @@ def test_a_terminal_gets_one_bar_that_ends_full(clock: Clock, monkeypatch: pytes
     assert "Training: step" not in stream.getvalue(), "the bar is instead of the lines"
 
 
+def test_a_narrow_terminal_cuts_the_words_and_keeps_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    console = Console(file=stream, force_terminal=True, width=40, color_system=None)
+    with Progress(console, "Training", 50, clock=clock) as progress:
+        run(progress, clock, range(1, 20), 4.0)
+    assert stream.getvalue().count("\n") == 1, "only the end of the last picture of the bar"
+
+
 def test_a_terminal_that_cannot_redraw_gets_lines(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()

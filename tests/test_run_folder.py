@@ -1,5 +1,6 @@
 """A run's folder: never overwritten, never half-written, and continued where the checkpoint stands."""
 
+import fcntl
 import json
 import math
 import os
@@ -95,6 +96,42 @@ def test_of_many_creators_one_wins(tmp_path: Path) -> None:
         made = list(pool.map(create, range(64)))
     (winner,) = [number for number, one in enumerate(made) if one]
     assert json.loads(read_config(tmp_path / "run")) == {"number": winner}
+
+
+def test_a_creator_that_comes_second_to_the_lock_sees_the_first_ones_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+
+    def be_late(descriptor: int, operation: int) -> None:
+        (tmp_path / "config.json").write_text("the first one's, which has ended")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", be_late)
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder.create(tmp_path, CONFIG)
+    assert (tmp_path / "config.json").read_text() == "the first one's, which has ended"
+
+
+def test_a_creation_that_failed_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(UserError, match="No space left"):
+            RunFolder.create(tmp_path, CONFIG)
+    with RunFolder.create(tmp_path, CONFIG) as folder:
+        assert read_config(folder.path) == CONFIG
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(UserError, match="no file locks"):
+        RunFolder.create(tmp_path, CONFIG)
 
 
 def test_a_run_is_written_by_one_process_at_a_time(folder: RunFolder) -> None:

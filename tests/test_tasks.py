@@ -61,6 +61,13 @@ def test_a_new_row_moves_no_other() -> None:
         assert kept == getattr(before, split)
 
 
+def test_a_label_moves_no_row() -> None:
+    relabelled = make([replace(row, label="ham" if row.label == "spam" else "spam") for row in ROWS])
+    for split in ("train", "validation", "test"):
+        texts = [[row.text for row in getattr(task, split)] for task in (relabelled, make(ROWS))]
+        assert texts[0] == texts[1]
+
+
 def test_a_selection_is_the_beginning_of_the_split() -> None:
     whole, part = make(ROWS), make(ROWS, train_examples=7, validation_examples=5, test_examples=3)
     assert part.train == whole.train[:7]

@@ -215,7 +215,7 @@ def _check_tensors(
         if specs[name].dtype not in _FLOATS.values():
             raise UserError(f"{files[name]}: {name} is {specs[name].dtype}; use a checkpoint in F32, F16 or BF16")
     unexpected = found - set(expected)
-    if architecture.tied_head and head in unexpected:
+    if head in unexpected:  # it is expected where it is not tied
         _check_tied(files, specs, head, embedding)
         unexpected.remove(head)
     if unexpected:

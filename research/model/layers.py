@@ -4,7 +4,7 @@ Shapes are told by axis letters (research/axes.py). Inside a layer the leading `
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import einsum
+from research.model.seam import einsum, explicit, whole
 from research.quant.nodes import Quantized, Weight, dense
 
-Cache = tuple[jax.Array, jax.Array]  # keys, values of one layer, each [b, s, k, h]
+# Keys (rotated) and values of one layer, each [b, s, k, h]; k counts padding and copies.
+Cache = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Settings:
     unroll: int = 1
 
     def param(self, path: str, rngs: nnx.Rngs) -> nnx.Param:
-        """Return the parameter at `path` with its sharding: ones for norms, normal of std 1/√fan-in else, zero padding."""
+        """Return the parameter at `path` with its sharding: ones for norms, else normal of std 1/√fan-in; padding 0."""
         parameter = self.table[path]
         logical = parameter.padding.logical
         if parameter.contract:
@@ -47,23 +48,36 @@ class Settings:
             value = jnp.ones(logical, jnp.float32)
         return nnx.Param(parameter.padding.pad(value), out_sharding=parameter.spec)
 
+    def spec(self, letters: str) -> PartitionSpec:
+        """Return the sharding of the activation whose axes are `letters`.
+
+        Where kv heads are shared by several devices, `k` is whole on each; what is repeated for them is split like `n`.
+        """
+        split = self.rules.activations
+        rules = self.rules if self.heads.copies == 1 else replace(self.rules, activations={**split, "k": None})
+        return rules.activation(letters)
+
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
-        return constrain(x, self.rules.activation(letters))
+        return constrain(x, self.spec(letters))
 
     def product(self, path: str) -> Callable[[str, jax.Array, nnx.Param], jax.Array]:
         """Return the einsum for the weight at `path`: what activations it gets is decided here, once."""
         activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
 
         def product(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-            y = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype)
-            return self.constrain(y, subscripts.split("->")[1])
+            letters = subscripts.split("->")[1]
+            y = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=self.spec(letters))
+            return self.constrain(y, letters)
 
         return product
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh)."""
+    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
+
+    On Explicit mesh axes nothing moves: an `x` of another sharding raises.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
 
@@ -85,7 +99,7 @@ class RMSNorm(nnx.Module):
         x32_btd = x_btd.astype(jnp.float32)
         mean_bt1 = jnp.mean(jnp.square(x32_btd), axis=-1, keepdims=True)
         normed_btd = x32_btd * jax.lax.rsqrt(mean_bt1 + jnp.float32(self.epsilon))
-        scale_d = dense(weight(self.scale_d)).astype(jnp.float32)
+        scale_d = whole(dense(weight(self.scale_d)).astype(jnp.float32))
         return (normed_btd * scale_d[None, None, :]).astype(x_btd.dtype)
 
 
@@ -96,34 +110,37 @@ class Embedding(nnx.Module):
         self.table_vd = settings.param(f"{path}/table_vd", rngs)
         self.product = settings.product(f"{path}/table_vd")
         self.dtype = jnp.dtype(settings.compute_dtype)
-        self.constrain = settings.constrain
+        self.settings = settings
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
-        return self.constrain(_rows(weight(self.table_vd), tokens_bt).astype(self.dtype), "btd")
+        rows_btd = _rows(weight(self.table_vd), tokens_bt, self.settings.spec("btd"))
+        return self.settings.constrain(rows_btd.astype(self.dtype), "btd")
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
         return self.product("bad,vd->bav", x_bad, self.table_vd).astype(jnp.float32)
 
 
-def _rows(table_vd: Weight, tokens_bt: jax.Array) -> jax.Array:
+def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Look up rows; from codes where there is no value, so that the table never exists as floats."""
+
+    def take(x_vd: jax.Array) -> jax.Array:
+        return x_vd.at[tokens_bt].get(out_sharding=explicit(spec))
+
     if isinstance(table_vd, Quantized) and table_vd.value is None:
-        scale_vd = table_vd.scale
-        if scale_vd is not None and scale_vd.shape[0] > 1:
-            scale_vd = scale_vd[tokens_bt]
-        elif scale_vd is not None:
-            scale_vd = scale_vd[None]
-        return Quantized(None, table_vd.codes[tokens_bt], scale_vd, table_vd.grid, table_vd.dtype).dense()
-    return dense(table_vd)[tokens_bt]
+        scale = table_vd.scale
+        if scale is not None:
+            scale = take(scale) if scale.shape[0] > 1 else scale[None]
+        return Quantized(None, take(table_vd.codes), scale, table_vd.grid, table_vd.dtype).dense()
+    return take(dense(table_vd))
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings (Ainslie et al. 2023; Su et al. 2021)."""
 
     def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
-        self.heads, self.constrain = settings.heads, settings.constrain
+        self.settings = settings
         self.q_dnh = settings.param(f"{path}/q_dnh", rngs)
         self.k_dkh = settings.param(f"{path}/k_dkh", rngs)
         self.v_dkh = settings.param(f"{path}/v_dkh", rngs)
@@ -137,16 +154,22 @@ class Attention(nnx.Module):
         q_btnh = rotate(self.product["q_dnh"]("btd,dnh->btnh", x_btd, self.q_dnh), rotation)
         k_bskh = rotate(self.product["k_dkh"]("btd,dkh->btkh", x_btd, self.k_dkh), rotation)
         v_bskh = self.product["v_dkh"]("btd,dkh->btkh", x_btd, self.v_dkh)
+        k_bskh, v_bskh = self._repeat(k_bskh), self._repeat(v_bskh)
         if cache is not None:
             k_bskh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_bskh, start, axis=1)
             v_bskh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_bskh, start, axis=1)
             cache = (k_bskh, v_bskh)
-        if self.heads.copies > 1:
-            k_bskh = self.constrain(jnp.repeat(k_bskh, self.heads.copies, axis=2), "bskh")
-            v_bskh = self.constrain(jnp.repeat(v_bskh, self.heads.copies, axis=2), "bskh")
-        out_btnh = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
-        out_btnh = self.constrain(out_btnh, "btnh")
+        with jax.numpy_dtype_promotion("standard"):  # jax itself mixes bf16 and f32 in there
+            out_btnh = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
+        out_btnh = self.settings.constrain(out_btnh, "btnh")
         return self.product["o_nhd"]("btnh,nhd->btd", out_btnh, self.o_nhd), cache
+
+    def _repeat(self, x_bskh: jax.Array) -> jax.Array:
+        """Return [b, s, k · copies, h], each kv head once for every device that needs it."""
+        copies, spec = self.settings.heads.copies, self.settings.spec("bsnh")
+        if copies == 1:
+            return x_bskh
+        return constrain(jnp.repeat(x_bskh, copies, axis=2, out_sharding=explicit(spec)), spec)
 
 
 class MLP(nnx.Module):

@@ -108,7 +108,10 @@ def spread(scale: jax.Array, shape: Shape) -> jax.Array:
     """Return `scale` repeated over its blocks: an array that broadcasts against `shape`."""
     for axis, (size, blocks) in enumerate(zip(shape, scale.shape, strict=True)):
         if 1 < blocks < size:
-            scale = jnp.repeat(scale, size // blocks, axis=axis)
+            before, after = scale.shape[:axis], scale.shape[axis + 1 :]
+            # Not jnp.repeat, which refuses an axis that is split over an Explicit mesh.
+            repeated = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), (*before, blocks, size // blocks, *after))
+            scale = repeated.reshape(*before, size, *after)
     return scale
 
 

@@ -16,13 +16,12 @@ from rich.console import Console
 from research.config import Experiment
 from research.config_file import from_json, require_resumable, to_json
 from research.environment import peak_host_bytes, versions
-from research.evaluate import Score, make_score, score_examples
+from research.evaluate import Examples, Score, load_examples, make_score, score_examples, score_test
 from research.formats import native
 from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
 from research.plot import plot_loss
-from research.progress import Progress
 from research.report import (
     cost_footer,
     next_commands,
@@ -34,11 +33,8 @@ from research.report import (
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
 from research.setup import Setup, make_setup, require_batch_fits
-from research.tasks import load_task
 from research.tasks.batches import training_batches
-from research.tasks.encoding import EncodedExamples, encode_examples, make_encoder
 from research.tasks.scores import score_labels, score_majority
-from research.tasks.task import Task
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
@@ -62,8 +58,7 @@ class Job:
 
     experiment: Experiment
     foundation: Foundation
-    task: Task
-    splits: Mapping[str, EncodedExamples]
+    examples: Examples
     setup: Setup
     mesh: Mesh
     console: Console
@@ -95,16 +90,10 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     started = time.monotonic()
     foundation = load_foundation(experiment.foundation, report=report, open_checkpoint=open_checkpoint)
     say(console, "Foundation", f"{foundation.name}: {foundation.source}")
-    task = load_task(experiment.task, report=report)
+    examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
-    encoder = make_encoder(task, experiment.task, foundation.tokenizer)
-    splits = {split: encode_examples(encoder, getattr(task, split)) for split in SPLITS}
-    for split, examples in splits.items():
-        if examples.cut:
-            longest = experiment.task.lengths[-1]
-            say(console, "Cut", f"{examples.cut} of {len(examples.prompts)} {split} texts, to fit {longest} tokens")
     setup = make_setup(foundation.architecture, experiment.quantization, experiment.train, mesh)
-    return Job(experiment, foundation, task, splits, setup, mesh, console, download_seconds)
+    return Job(experiment, foundation, examples, setup, mesh, console, download_seconds)
 
 
 def finetune(
@@ -157,22 +146,14 @@ def _open_folder(experiment: Experiment, resume: bool) -> RunFolder:
     return folder
 
 
-def score_split(
-    job: Job, score: Score, setup: Setup, weights: Any, split: str, title: str | None
-) -> np.ndarray:
-    """Return the log-probability of each label of each example of a split, nats, [e, y]; a bar if it has a title."""
-    examples, evaluation = job.splits[split], job.experiment.evaluation
-    arguments = score, setup, weights, examples, job.experiment.task.lengths, evaluation.batch_size
-    if title is None:
-        return score_examples(*arguments)
-    with Progress(job.console, title, len(examples.prompts), unit="message") as progress:
-        return score_examples(*arguments, report=progress.update)
+def _score_test(job: Job, title: str, setup: Setup, score: Score, weights: Any) -> np.ndarray:
+    return score_test(title, setup, score, weights, job.examples, job.experiment.evaluation.batch_size, job.console)
 
 
 def _score_foundation(job: Job) -> np.ndarray:
     setup = make_setup(job.foundation.architecture, (), job.experiment.train, job.mesh)
     weights = place_float(job.foundation.read, setup.table, job.mesh)
-    return score_split(job, make_score(setup), setup, weights, "test", "Scoring the foundation")
+    return _score_test(job, "Scoring the foundation", setup, make_score(setup), weights)
 
 
 def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
@@ -183,7 +164,7 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
         state = make_state(tx, place_float(job.foundation.read, setup.table, job.mesh), setup.table, job.mesh)
     step = make_step(setup.settings, setup.graph, tx, experiment.optimizer, experiment.train, job.mesh, state)
     batches = training_batches(
-        job.splits["train"],
+        job.examples.splits["train"],
         experiment.task.lengths,
         seed=experiment.train.seed,
         steps=experiment.train.steps,
@@ -232,11 +213,13 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
 
 def _validation(job: Job) -> Any:
     score = make_score(job.setup)
-    examples = job.splits["validation"]
+    examples = job.examples.splits["validation"]
 
     def validate(state: TrainState) -> float:
         weights = serving_weights(encoded_weights(state))
-        logp_ey = score_split(job, score, job.setup, weights, "validation", None)
+        logp_ey = score_examples(
+            score, job.setup, weights, job.examples, "validation", job.experiment.evaluation.batch_size
+        )
         nll_e = -logp_ey[np.arange(len(examples.gold_e)), examples.gold_e]
         return float(nll_e.sum() / examples.answer_tokens_y[examples.gold_e].sum())
 
@@ -248,9 +231,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     score = make_score(job.setup)
     encoded = encoded_weights(state)
     scores = {
-        "finetuned": score_split(
-            job, score, job.setup, serving_weights(encoded), "test", "Scoring the fine-tuned model"
-        )
+        "finetuned": _score_test(job, "Scoring the fine-tuned model", job.setup, score, serving_weights(encoded))
     }
     directory = folder.path / "export"
     shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
@@ -259,7 +240,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
     del encoded
     weights = serving_weights(place_export(native.read(directory), job.setup))
-    scores["quantized"] = score_split(job, score, job.setup, weights, "test", "Scoring the export")
+    scores["quantized"] = _score_test(job, "Scoring the export", job.setup, score, weights)
     return scores
 
 
@@ -267,7 +248,7 @@ def _conclude(
     job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str, np.ndarray], started: float
 ) -> None:
     """Write predictions, plot and summary, and print the table."""
-    experiment, task, test = job.experiment, job.task, job.splits["test"]
+    experiment, task, test = job.experiment, job.examples.task, job.examples.splits["test"]
     samples = experiment.evaluation.bootstrap_samples
     sizes = {
         "foundation": job.float_bytes,
@@ -278,7 +259,7 @@ def _conclude(
         name: ModelResult.of(score_labels(logp_ey, test.gold_e, test.answer_tokens_y, samples), sizes[name])
         for name, logp_ey in scores.items()
     }
-    macro_f1, accuracy = score_majority(job.splits["train"].gold_e, test.gold_e, len(task.labels), samples)
+    macro_f1, accuracy = score_majority(job.examples.splits["train"].gold_e, test.gold_e, len(task.labels), samples)
     results = Results(majority=ModelResult(macro_f1=macro_f1, accuracy=accuracy), **found)
     folder.write_predictions(
         prediction_lines([e.text for e in task.test], [e.label for e in task.test], task.labels, scores)

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from research.errors import UserError
 from research.padding import AxisPadding, Padding
@@ -53,7 +54,8 @@ def padding_changes(
 
 
 def sharding_of_shape(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
-    """Return `sharding` without the mesh axes that don't divide `shape`: for an array on its way to another shape."""
+    """Return `sharding`, Auto, less the mesh axes that don't divide `shape`: a place on the way to another shape."""
+    sharding = automatic(sharding)
     if not isinstance(sharding, NamedSharding):
         return sharding
 
@@ -71,13 +73,24 @@ def repad(arrays: Mapping[str, jax.Array], changes: Changes, shardings: Mapping[
     def change(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: _change(x, *changes[name]) for name, x in arrays.items()}
 
-    return jax.jit(change, out_shardings=dict(shardings))(dict(arrays))
+    places = {name: automatic(sharding) for name, sharding in shardings.items()}
+    changed = jax.jit(change, out_shardings=places)(dict(arrays))
+    return {name: jax.device_put(x, shardings[name]) for name, x in changed.items()}  # moves nothing
+
+
+def automatic(sharding: Sharding) -> Sharding:
+    """Return `sharding` with every mesh axis of type Auto: reshapes of explicitly split axes are not supported."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    names = sharding.mesh.axis_names
+    mesh = Mesh(np.asarray(sharding.mesh.devices), names, axis_types=(AxisType.Auto,) * len(names))
+    return NamedSharding(mesh, sharding.spec)
 
 
 def _change(x: jax.Array, old: Padding, new: Padding) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.asarray(new.pad(old.unpad(x)))
-    # As integers: moving shards may be compiled to a sum with zeros, which would turn -0.0 into 0.0.
+    # As integers: a backend is free to move shards by a sum with zeros, which would turn -0.0 into 0.0.
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return jax.lax.bitcast_convert_type(new.pad(old.unpad(bits)), x.dtype)
 

@@ -120,7 +120,7 @@ def make_step(
         metrics = StepMetrics(
             loss=total / count,
             tokens=count,
-            grad_norm=optax.global_norm(gradients),
+            grad_norm=optax.tree.norm(gradients),
             learning_rate=learning_rate,
             nonfinite_in_a_row=optimizer_state.notfinite_count,
         )

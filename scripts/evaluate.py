@@ -1,0 +1,67 @@
+"""Score a trained model or an untouched foundation, on its task or on a text; the last line printed is JSON."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.command_line import make_parser, parse_arguments
+from research.config import Experiment
+from research.config_file import apply_overrides, load_experiment
+from research.errors import UserError, run_script
+from research.evaluate import evaluate_task, evaluate_text
+from research.mesh import describe, make_mesh, prepare_devices
+from research.report import make_console, print_result_line, say
+from research.train.open_run import open_trained
+from research.train.serve import serve_foundation, serve_trained, with_overrides
+
+EXAMPLE = "python scripts/evaluate.py --checkpoint runs/int8_tp4 --config.mesh.tensor=2"
+
+
+def main() -> None:
+    """Parse the command line, open the model, score it."""
+    parser = make_parser(__doc__, EXAMPLE)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, metavar="PATH", help="a run, one of its checkpoints, or an export")
+    model.add_argument("--foundation", metavar="NAME", help="a registered name, directory, GGUF file or hf://org/name")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--config", type=Path, metavar="FILE", help="with --foundation: score the task of this experiment")
+    data.add_argument("--text", type=Path, metavar="FILE", help="score a text: loss in nats per token, perplexity")
+    parser.add_argument("--window", type=int, default=0, metavar="N", help="--text: tokens of context (default: all)")
+    print_result_line(evaluate(parse_arguments(parser)))
+
+
+def evaluate(flags: Namespace) -> dict[str, Any]:
+    """Return the result of what the flags ask for."""
+    console = make_console()
+    opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line)) if flags.checkpoint else None
+    experiment = _experiment(flags, opened.experiment if opened else None)
+    prepare_devices(experiment.mesh)
+    mesh = make_mesh(experiment.mesh)
+    say(console, "Mesh", describe(mesh))
+    with jax.set_mesh(mesh):
+        if opened:
+            served = serve_trained(opened, experiment, mesh)
+        else:
+            served = serve_foundation(flags.foundation, experiment, mesh, lambda line: say(console, "Data", line))
+        say(console, "Model", served.name)
+        if flags.text:
+            return evaluate_text(served, flags.text, flags.window, console)
+        return evaluate_task(served, experiment, console)
+
+
+def _experiment(flags: Namespace, trained: Experiment | None) -> Experiment:
+    if trained is not None:
+        if flags.config:
+            raise UserError("--config goes with --foundation; a checkpoint has its own, change single fields: --config.mesh.tensor=2")
+        return with_overrides(trained, flags.overrides)
+    if flags.config:
+        return load_experiment(flags.config, flags.overrides)
+    if not flags.text:
+        raise UserError("--foundation: give what to score, --config FILE (its task) or --text FILE")
+    return apply_overrides(Experiment(), flags.overrides)
+
+
+if __name__ == "__main__":
+    run_script(main)

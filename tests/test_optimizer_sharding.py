@@ -1,0 +1,117 @@
+"""The exam of the wrapper on a mesh: nothing changes its structure, its place or a bit of its codes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from exam import FORMS, QUANTIZED, PyTree, bits, encoded_leaves, reference_decode, same_bits, update
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from research.quant import Leaf, Policy, Rule, apply_updates, export, is_on_grid, project, quantize
+from research.quant.optimizer import replace_state
+
+SHAPE = (2, 256, 8)  # layers, contracted, out
+PLACES = {
+    "one device": (dict(), (None, None, None)),
+    "contracted": (dict(tensor=8), (None, "tensor", None)),
+    "out": (dict(tensor=8), (None, None, "tensor")),
+    "contracted and out": (dict(fsdp=2, tensor=4), (None, "fsdp", "tensor")),
+    "out and contracted": (dict(fsdp=4, tensor=2), (None, "fsdp", "tensor")),
+    "both on contracted": (dict(fsdp=2, tensor=4), (None, ("tensor", "fsdp"), None)),
+    "layers and out": (dict(data=4, fsdp=2), ("fsdp", None, "data")),
+    "replicated over data": (dict(data=2, tensor=4), (None, "tensor", None)),
+}
+
+
+def policy(splits: tuple[int, ...] = (1, 1, 1)) -> Policy:
+    rules = tuple(Rule(match=form.name, weight=form.grid, granularity=form.granularity) for form in QUANTIZED)
+    return Policy(rules, {form.name: Leaf("lio", "i", SHAPE, splits) for form in QUANTIZED})
+
+
+def params_and_gradient(dtype: str = "float32") -> tuple[PyTree, PyTree]:
+    """Return a leaf of equal values for every form, one block of zeros among them, and small gradients."""
+    rng = np.random.default_rng(6)
+    w_lio = rng.normal(0, 0.05, SHAPE) * 10.0 ** rng.integers(-2, 2, (2, 1, 8))
+    w_lio[1, :, 3] = 0
+    gradient_lio = rng.normal(size=SHAPE)
+    params = {form.name: jnp.asarray(w_lio, dtype) for form in FORMS}
+    return params, {form.name: jnp.asarray(gradient_lio, jnp.float32) for form in FORMS}
+
+
+def place(tree: PyTree, mesh: jax.sharding.Mesh, spec: tuple[Any, ...]) -> PyTree:
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def step_of(tx: optax.GradientTransformationExtraArgs):
+    def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = update(tx, grads, state, params)
+        return apply_updates(params, updates, state), state
+
+    return step
+
+
+def begin(params: PyTree) -> PyTree:
+    return quantize(optax.sgd(0.01), policy()).init(params)
+
+
+def encoded_on(mesh: jax.sharding.Mesh, spec: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+    """Return params and codes after `init`, and after one step from the same latents, as numpy arrays."""
+    tx = quantize(optax.sgd(0.5), policy(tuple(ways(mesh, axis) for axis in spec)))
+    params, grads = place(params_and_gradient(), mesh, spec)
+
+    @jax.jit
+    def both(params: PyTree, grads: PyTree) -> PyTree:
+        state = tx.init(params)
+        first = project(state, params), export(state)
+        return first, (*step_of(tx)(first[0], state, grads),)
+
+    first, (params, state) = both(params, grads)
+    return jax.device_get(first), jax.device_get((params, state))
+
+
+def ways(mesh: jax.sharding.Mesh, axes: Any) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([mesh.shape[axis] for axis in axes]))
+
+
+@pytest.fixture(scope="module")
+def single(mesh_of):
+    return encoded_on(mesh_of(), (None, None, None))
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_codes_and_scales_are_equal_on_every_mesh(mesh_of, single, name: str) -> None:
+    sizes, spec = PLACES[name]
+    first, (params, state) = encoded_on(mesh_of(**sizes), spec)
+    assert same_bits(first, single[0])
+    # SGD steps an element alone: equal gradients give equal latents, and equal latents must give equal codes.
+    assert same_bits(state.latent, single[1][1].latent)
+    assert same_bits(state.encoded, single[1][1].encoded) and same_bits(params, single[1][0])
+    for path, encoded in encoded_leaves(state.encoded).items():
+        assert np.array_equal(bits(reference_decode(encoded)), bits(params[path])), path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_structure_dtypes_and_shardings_are_stable(mesh_of, axis_type: AxisType, dtype: str) -> None:
+    mesh, spec = mesh_of(fsdp=2, tensor=4, axis_type=axis_type), (None, "fsdp", "tensor")
+    tx = optax.chain(optax.clip_by_global_norm(1.0), quantize(optax.adamw(0.01), policy((1, 2, 4))))
+    params, grads = place(params_and_gradient(dtype), mesh, spec)
+    with jax.set_mesh(mesh):
+        state = tx.init(params)
+        params = project(state, params)
+        kinds = jax.tree.map(jax.typeof, (params, state))
+        places = jax.tree.map(lambda x: x.sharding, (params, state))
+        for leaf in jax.tree.leaves((params, state)):
+            if leaf.shape == SHAPE:
+                assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), 3)
+        compiled = jax.jit(step_of(tx), donate_argnums=(0, 1))
+        for _ in range(2):
+            params, state = compiled(params, state, grads)
+            assert jax.tree.map(jax.typeof, (params, state)) == kinds
+            for before, after in zip(jax.tree.leaves(places), jax.tree.leaves((params, state)), strict=True):
+                print(after.shape, before, after.sharding)
+        assert is_on_grid(params, state)

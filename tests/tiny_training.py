@@ -1,0 +1,96 @@
+"""A tiny decoder with 9/3 heads and everything that a training step needs, on any mesh."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research.architecture import Architecture
+from research.axes import AxisRules
+from research.config import MeshConfig, OptimizerConfig, Rule, TrainConfig
+from research.mesh import make_mesh
+from research.model.parameters import parameter_table
+from research.model.placement import place_float
+from research.setup import Setup, make_setup, put_batch
+from research.tasks.batches import Batch
+from research.train.step import Step, StepMetrics, TrainState, make_optimizer, make_state, make_step
+
+# 9 query and 3 kv heads, 50 hidden units and 67 words divide by none of the meshes' sizes but 1.
+ARCHITECTURE = Architecture(
+    vocabulary=67, width=24, layers=2, query_heads=9, kv_heads=3, head_width=4, feed_forward=50, context=64
+)
+ROWS, LENGTH, SLOTS = 8, 12, 3
+
+FLOAT: tuple[Rule, ...] = ()
+WEIGHT_ONLY = (Rule(match=".*", weight="int8"),)
+W8A8 = (Rule(match=".*", weight="int8", activation="int8"),)
+
+
+def foundation(seed: int = 0) -> dict[str, np.ndarray]:
+    """Return random float32 weights, by path, of the logical shapes."""
+    rng = np.random.default_rng(seed)
+    table = parameter_table(ARCHITECTURE, AxisRules(), {"data": 1, "fsdp": 1, "tensor": 1})
+    weights = {}
+    for path, parameter in table.items():
+        noise = rng.normal(size=parameter.padding.logical)
+        weights[path] = (0.3 * noise if parameter.contract else 1 + 0.1 * noise).astype(np.float32)
+    return weights
+
+
+def batch(seed: int = 0) -> Batch:
+    """Return rows of random text, the last three tokens of each to be predicted."""
+    rng = np.random.default_rng(seed)
+    tokens_bt = rng.integers(0, ARCHITECTURE.vocabulary, (ROWS, LENGTH)).astype(np.int32)
+    position_bt = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    source_ba = np.tile(np.arange(LENGTH - SLOTS - 1, LENGTH - 1, dtype=np.int32), (ROWS, 1))
+    ones_ba = np.ones((ROWS, SLOTS), np.int32)
+    return Batch(tokens_bt, position_bt, np.zeros_like(tokens_bt), source_ba, tokens_bt[:, -SLOTS:], ones_ba)
+
+
+@dataclass
+class Run:
+    """A training run in memory."""
+
+    mesh: Mesh
+    setup: Setup
+    tx: Any
+    step: Step
+    state: TrainState
+
+    def advance(self, steps: int, data: Batch | None = None) -> list[float]:
+        """Take some steps, on the batch of each step's number or on `data`, and return the losses."""
+        return [metrics.loss for metrics in self.advance_metrics(steps, data)]
+
+    def advance_metrics(self, steps: int, data: Batch | None = None) -> list[StepMetrics]:
+        """Like `advance`, all metrics of each step."""
+        found = []
+        with jax.set_mesh(self.mesh):
+            for number in range(int(self.state.step), int(self.state.step) + steps):
+                rows = batch(number) if data is None else data
+                self.state, metrics = self.step(self.state, put_batch(rows, self.mesh))
+                found.append(jax.tree.map(float, metrics))
+        return found
+
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=2)
+
+
+def start(
+    rules: tuple[Rule, ...],
+    weights: dict[str, np.ndarray] | None = None,
+    train: TrainConfig | None = None,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    **mesh_sizes: int,
+) -> Run:
+    """Return a run before its first step."""
+    weights = foundation() if weights is None else weights
+    train = TrainConfig(steps=40, batch_size=ROWS) if train is None else train
+    mesh = make_mesh(MeshConfig(**mesh_sizes))
+    with jax.set_mesh(mesh):
+        setup = make_setup(ARCHITECTURE, rules, train, mesh)
+        tx = make_optimizer(optimizer, train, setup.policy, setup.table)
+        state = make_state(tx, place_float(weights.__getitem__, setup.table, mesh), setup.table, mesh)
+        step = make_step(setup.settings, setup.graph, tx, optimizer, train, mesh, state)
+    return Run(mesh, setup, tx, step, state)
