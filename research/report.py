@@ -288,7 +288,7 @@ def cost_footer(
     return {
         "parameters per device": format_bytes(param_bytes_per_device),
         "peak memory of the host": format_bytes(peak_host_bytes),
-        "training speed": format_rate(tokens_per_second),
+        "training speed": format_rate(tokens_per_second) if tokens_per_second else "not measured",
         "time, less downloads": format_duration(seconds),
     }
 

@@ -65,7 +65,7 @@ class Summary:
     """Parameters on one device, padding included; the largest where devices differ."""
     peak_host_bytes: int
     tokens_per_second: float
-    """Training tokens, compilation not counted."""
+    """Training tokens, compilation not counted; 0 where no step but a compiling one was run."""
     steps: int
     seconds: float
     """Wall time of the whole command less downloads."""
@@ -79,12 +79,14 @@ class Summary:
         if self.metric != "macro_f1":
             raise ValueError(f"metric={self.metric!r}: only macro_f1 is measured")
         sizes = "bytes_float bytes_quantized param_bytes_per_device peak_host_bytes".split()
-        for name in (*sizes, "tokens_per_second", "seconds"):
+        for name in (*sizes, "seconds"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value}: give a positive number")
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps}: give 0 or more")
+        for name in ("tokens_per_second", "steps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}: give 0 or more")
         for name in ("task", "mesh", "versions"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")

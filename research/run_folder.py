@@ -90,12 +90,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class RunFolder:
-    """A run's folder, open for writing: from `create` or `resume`, until `close` or the end of a `with` block."""
+    """A run's folder, open for writing: from `create` or `resume`, until `close` or the end of a `with` block.
 
-    def __init__(self, path: Path, config_json: str, lock: int) -> None:
+    An error that ends the block of a new run before anything but config.json is written takes the run back.
+    """
+
+    def __init__(self, path: Path, config_json: str, lock: int, *, is_new: bool) -> None:
         """Take over the open lock file `lock`; use `create` or `resume` instead."""
         self.path = path
         self.config_json = config_json
+        self._is_new = is_new
         self._release = weakref.finalize(self, os.close, lock)
 
     @classmethod
@@ -111,18 +115,21 @@ class RunFolder:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, config_json, lock)
+        return cls(path, config_json, lock, is_new=True)
 
     @classmethod
     def resume(cls, path: Path) -> "RunFolder":
         """Continue the run in `path`; a `UserError` where there is none, or where a process still writes it."""
         config_json = read_config(path)
-        return cls(path, config_json, _lock(path))
+        return cls(path, config_json, _lock(path), is_new=False)
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        # A run that failed before it began (a misspelt foundation) must not be in the way of the next attempt.
+        if kind and self._is_new and {file.name for file in self.path.iterdir()} == {CONFIG, _LOCK}:
+            (self.path / CONFIG).unlink()
         self.close()
 
     def close(self) -> None:

@@ -36,12 +36,18 @@ class Setup:
         return self.settings.table
 
 
-def make_setup(architecture: Architecture, rules: tuple[Rule, ...], train: TrainConfig, mesh: Mesh) -> Setup:
+def make_setup(
+    architecture: Architecture,
+    rules: tuple[Rule, ...],
+    train: TrainConfig,
+    mesh: Mesh,
+    padded_for: Mapping[str, int] | None = None,
+) -> Setup:
     """Put a model together; raises `UserError` for rules or sizes that can't be.
 
-    Without rules it is the float model.
+    Without rules it is the float model. `padded_for`: sizes of another mesh whose padding to use (the tests do).
     """
-    sizes = dict(mesh.shape)
+    sizes = dict(mesh.shape) | dict(padded_for or {})
     plain = make_settings(architecture, mesh_sizes=sizes)
     policy = Policy(rules, {path: parameter.leaf for path, parameter in plain.table.items()})
     formats = policy.formats({path: parameter.shape for path, parameter in plain.table.items()})

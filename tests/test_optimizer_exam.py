@@ -370,9 +370,9 @@ def test_empty_trees_and_lone_scalars(params: PyTree) -> None:
 # 8. What is exported is what was trained
 
 
-@EACH_DTYPE
-def test_export_decodes_to_params_and_encoding_it_again_changes_nothing(dtype: str) -> None:
-    seen = history(dtype)
+def test_export_decodes_to_params_and_encoding_it_again_changes_nothing() -> None:
+    """In bfloat16, too, export decodes to params: the first test compares every step with its codes and scales."""
+    seen = history("float32")
     last, params = (jax.tree.map(lambda x: jnp.asarray(x[-1]), tree) for tree in (seen.encoded, seen.after))
 
     @jax.jit

@@ -132,6 +132,11 @@ def test_results_name_their_rows_in_order_breaking_only_between_words(width: int
     assert " ".join(NAMES) in " ".join(filter(None, first_column))
 
 
+def test_a_run_without_steps_has_no_speed() -> None:
+    footer = cost_footer(param_bytes_per_device=1, peak_host_bytes=1, tokens_per_second=0.0, seconds=1.0)
+    assert footer["training speed"] == "not measured"
+
+
 def test_a_wide_console_has_one_line_for_each_model() -> None:
     lines = rendered(results_table(), 140).splitlines()
     (line,) = [line for line in lines if "training forward" in line]

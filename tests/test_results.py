@@ -56,6 +56,10 @@ def test_a_loss_that_is_not_finite_is_null() -> None:
     assert found["loss_finetuned"] is None and found["loss_quantized"] is None
 
 
+def test_a_finished_run_that_is_resumed_has_no_speed() -> None:
+    assert replace(SUMMARY, tokens_per_second=0.0).to_json()["tokens_per_second"] == 0
+
+
 def test_extra_keys_are_added_and_can_take_no_place() -> None:
     assert replace(SUMMARY, extra={"skipped": np.int32(2)}).to_json()["skipped"] == 2
     with pytest.raises(ValueError, match="finetuned"):
@@ -68,7 +72,7 @@ def test_extra_keys_are_added_and_can_take_no_place() -> None:
         {"bytes_quantized": 0},
         {"seconds": math.nan},
         {"peak_host_bytes": -1},
-        {"tokens_per_second": 0.0},
+        {"tokens_per_second": math.nan},
         {"steps": -1},
         {"task": ""},
         {"mesh": {}},

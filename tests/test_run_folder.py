@@ -125,6 +125,19 @@ def test_a_creation_that_failed_can_be_tried_again(tmp_path: Path, monkeypatch: 
         assert read_config(folder.path) == CONFIG
 
 
+def test_a_run_that_fails_before_it_begins_is_taken_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such foundation"), RunFolder.create(tmp_path, CONFIG):
+        raise UserError("no such foundation")
+    with pytest.raises(KeyboardInterrupt), RunFolder.create(tmp_path, CONFIG) as folder:
+        log_steps(folder, range(1, 2))
+        raise KeyboardInterrupt
+    assert len(read_metrics(tmp_path)) == 1, "a run that has begun stays"
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt), RunFolder.resume(tmp_path):
+        raise KeyboardInterrupt
+    assert read_config(tmp_path) == CONFIG, "and so does one that is resumed"
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(38, "Function not implemented")

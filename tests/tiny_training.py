@@ -1,9 +1,11 @@
 """A tiny decoder with 9/3 heads and everything that a training step needs, on any mesh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -74,23 +76,42 @@ class Run:
         return found
 
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=2)
+# Adam divides by the root of the second moment: where a gradient is nothing but rounding noise, the default epsilon turns
+# noise into a whole step of the learning rate. A larger one keeps comparisons of weights well-conditioned.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=2, epsilon=1e-4)
+
+
+TRAIN = TrainConfig(steps=40, batch_size=ROWS)
+
+
+@lru_cache(maxsize=None)
+def _program(rules: tuple[Rule, ...], train: TrainConfig, mesh_config: MeshConfig, tensor: int) -> Run:
+    """Return a run that is copied by `start`, so that each program is compiled once a session."""
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        setup = make_setup(ARCHITECTURE, rules, train, mesh, padded_for={"tensor": tensor})
+        tx = make_optimizer(OPTIMIZER, train, setup.policy, setup.table)
+        state = _state(setup, tx, foundation(), mesh)
+        step = make_step(setup.settings, setup.graph, tx, OPTIMIZER, train, mesh, state)
+    return Run(mesh, setup, tx, step, state)
+
+
+def _state(setup: Setup, tx: Any, weights: dict[str, np.ndarray], mesh: Mesh) -> TrainState:
+    return make_state(tx, place_float(weights.__getitem__, setup.table, mesh), setup.table, mesh)
 
 
 def start(
     rules: tuple[Rule, ...],
     weights: dict[str, np.ndarray] | None = None,
-    train: TrainConfig | None = None,
-    optimizer: OptimizerConfig = OPTIMIZER,
+    train: TrainConfig = TRAIN,
+    padded_for: int = 0,
     **mesh_sizes: int,
 ) -> Run:
-    """Return a run before its first step."""
-    weights = foundation() if weights is None else weights
-    train = TrainConfig(steps=40, batch_size=ROWS) if train is None else train
-    mesh = make_mesh(MeshConfig(**mesh_sizes))
-    with jax.set_mesh(mesh):
-        setup = make_setup(ARCHITECTURE, rules, train, mesh)
-        tx = make_optimizer(optimizer, train, setup.policy, setup.table)
-        state = make_state(tx, place_float(weights.__getitem__, setup.table, mesh), setup.table, mesh)
-        step = make_step(setup.settings, setup.graph, tx, optimizer, train, mesh, state)
-    return Run(mesh, setup, tx, step, state)
+    """Return a run before its first step; `padded_for`: tensor ways to pad for, by default those of the mesh."""
+    program = _program(rules, train, MeshConfig(**mesh_sizes), padded_for or mesh_sizes.get("tensor", 1))
+    with jax.set_mesh(program.mesh):
+        if weights is not None:
+            state = _state(program.setup, program.tx, weights, program.mesh)
+        else:
+            state = jax.tree.map(jnp.copy, program.state)  # the step donates its argument
+    return replace(program, state=state)

@@ -3,7 +3,7 @@
 Shapes are told by axis letters (research/axes.py). Inside a layer the leading `l` of the stacked parameters is gone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,16 +61,11 @@ class Settings:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
         return constrain(x, self.spec(letters))
 
-    def product(self, path: str) -> Callable[[str, jax.Array, nnx.Param], jax.Array]:
-        """Return the einsum for the weight at `path`: what activations it gets is decided here, once."""
-        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
-
-        def product(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-            letters = subscripts.split("->")[1]
-            y = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=self.spec(letters))
-            return self.constrain(y, letters)
-
-        return product
+    def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+        """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
+        spec, dtype = self.spec(subscripts.split("->")[1]), jnp.dtype(self.compute_dtype)
+        activation = self.activations.get(path, "none")
+        return constrain(einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec), spec)
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -107,19 +102,17 @@ class Embedding(nnx.Module):
     """A table of `v` rows: looked up at the input, multiplied with at the output (or two tables, if untied)."""
 
     def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.settings, self.path = settings, path
         self.table_vd = settings.param(f"{path}/table_vd", rngs)
-        self.product = settings.product(f"{path}/table_vd")
-        self.dtype = jnp.dtype(settings.compute_dtype)
-        self.settings = settings
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
         rows_btd = _rows(weight(self.table_vd), tokens_bt, self.settings.spec("btd"))
-        return self.settings.constrain(rows_btd.astype(self.dtype), "btd")
+        return self.settings.constrain(rows_btd.astype(self.settings.compute_dtype), "btd")
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
-        return self.product("bad,vd->bav", x_bad, self.table_vd).astype(jnp.float32)
+        return self.settings.product(f"{self.path}/table_vd", "bad,vd->bav", x_bad, self.table_vd).astype(jnp.float32)
 
 
 def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -140,20 +133,20 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings (Ainslie et al. 2023; Su et al. 2021)."""
 
     def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
-        self.settings = settings
+        self.settings, self.path = settings, path
         self.q_dnh = settings.param(f"{path}/q_dnh", rngs)
         self.k_dkh = settings.param(f"{path}/k_dkh", rngs)
         self.v_dkh = settings.param(f"{path}/v_dkh", rngs)
         self.o_nhd = settings.param(f"{path}/o_nhd", rngs)
-        self.product = {name: settings.product(f"{path}/{name}") for name in ("q_dnh", "k_dkh", "v_dkh", "o_nhd")}
 
     def __call__(
         self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, start: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         """Return the attention output [b, t, d] and the cache with this call's keys and values written at `start`."""
-        q_btnh = rotate(self.product["q_dnh"]("btd,dnh->btnh", x_btd, self.q_dnh), rotation)
-        k_bskh = rotate(self.product["k_dkh"]("btd,dkh->btkh", x_btd, self.k_dkh), rotation)
-        v_bskh = self.product["v_dkh"]("btd,dkh->btkh", x_btd, self.v_dkh)
+        product = self.settings.product
+        q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", x_btd, self.q_dnh), rotation)
+        k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", x_btd, self.k_dkh), rotation)
+        v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", x_btd, self.v_dkh)
         k_bskh, v_bskh = self._repeat(k_bskh), self._repeat(v_bskh)
         if cache is not None:
             k_bskh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_bskh, start, axis=1)
@@ -162,7 +155,7 @@ class Attention(nnx.Module):
         with jax.numpy_dtype_promotion("standard"):  # jax itself mixes bf16 and f32 in there
             out_btnh = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
         out_btnh = self.settings.constrain(out_btnh, "btnh")
-        return self.product["o_nhd"]("btnh,nhd->btd", out_btnh, self.o_nhd), cache
+        return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
 
     def _repeat(self, x_bskh: jax.Array) -> jax.Array:
         """Return [b, s, k · copies, h], each kv head once for every device that needs it."""
@@ -176,16 +169,17 @@ class MLP(nnx.Module):
     """Gated feed-forward layer, SwiGLU (Shazeer 2020)."""
 
     def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.settings, self.path = settings, path
         self.gate_df = settings.param(f"{path}/gate_df", rngs)
         self.up_df = settings.param(f"{path}/up_df", rngs)
         self.down_fd = settings.param(f"{path}/down_fd", rngs)
-        self.product = {name: settings.product(f"{path}/{name}") for name in ("gate_df", "up_df", "down_fd")}
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """Return [b, t, d]."""
-        gate_btf = self.product["gate_df"]("btd,df->btf", x_btd, self.gate_df)
-        up_btf = self.product["up_df"]("btd,df->btf", x_btd, self.up_df)
-        return self.product["down_fd"]("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd)
+        product = self.settings.product
+        gate_btf = product(f"{self.path}/gate_df", "btd,df->btf", x_btd, self.gate_df)
+        up_btf = product(f"{self.path}/up_df", "btd,df->btf", x_btd, self.up_df)
+        return product(f"{self.path}/down_fd", "btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd)
 
 
 class Block(nnx.Module):

@@ -28,8 +28,8 @@ def einsum(
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
     The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none", or
-    "int8" = symmetric per token. `spec`: sharding of the output, of use on Explicit mesh axes only, which can't guess it.
-    The backward pass is the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    "int8" = symmetric per token. `spec`: sharding of the output; only Explicit mesh axes need it. The backward pass is
+    the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
     """
     product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), spec or PartitionSpec())
     if activation == "int8" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
@@ -46,8 +46,8 @@ def explicit(spec: PartitionSpec) -> PartitionSpec | None:
 def whole(x: jax.Array) -> jax.Array:
     """Return `x`, part of a parameter, ready for elementwise use with an activation.
 
-    A parameter's `d` may be split where an activation's `b` is. On Explicit mesh axes that is a type error, so `x` is made
-    whole on every device; elsewhere the compiler chooses.
+    A parameter's `d` may be split over the mesh axis that splits an activation's `b`. On Explicit mesh axes that is a
+    type error, so `x` is made whole on every device; elsewhere the compiler chooses.
     """
     spec = explicit(PartitionSpec())
     return x if spec is None else jax.sharding.reshard(x, spec)
@@ -165,6 +165,7 @@ def _integer_product_bwd(product: _Product, residuals: tuple[jax.Array, jax.Arra
     dw = None
     if w.value is not None:
         dw = _einsum(f"{product.x},{product.y}->{product.w}", x_hat, gradient, w_spec).astype(w.dtype)
+    assert w.scale is not None
     codes, scale = jnp.zeros(w.codes.shape, jax.dtypes.float0), jnp.zeros_like(w.scale)
     return dx, Quantized(dw, codes, scale, w.grid, w.dtype)
 

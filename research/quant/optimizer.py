@@ -61,6 +61,9 @@ def quantize(
     Gradients come in with respect to the on-grid parameters, float32; updates go out float32 for quantized leaves.
     `update` needs `params`, forwards extra arguments, and raises ValueError without params. `init` raises `UserError`
     for a rule that matches nothing or a granularity that a shape doesn't allow.
+
+    `dtype` is that of the quantized params that the model uses, where `init` is called with wider ones, so that the
+    latents start unrounded; None: the dtype that `init` finds.
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -1,0 +1,147 @@
+"""The table of parameters: padding that divides, the cheaper head plan, and shardings that the arrays really have."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+import tiny_models as tiny
+from research.architecture import Architecture
+from research.axes import AxisRules
+from research.errors import UserError
+from research.model.parameters import TABLE, parameter_table, plan_heads
+from research.model.transformer import Transformer, make_settings
+from research.padding import Padding
+
+# Written out a second time, on purpose: a letter that the code maps elsewhere fails here.
+SPLIT_OVER = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+
+
+def _sizes(fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+    return {"data": 1, "fsdp": fsdp, "tensor": tensor}
+
+
+def _heads(query: int, kv: int) -> Architecture:
+    return replace(tiny.GQA_9_3, query_heads=query, kv_heads=kv)
+
+
+# query, kv heads, tensor ways → padded query and kv heads, copies of each kv head, share of query heads added
+PLANS = [
+    (9, 3, 1, 9, 3, 1, 0.0),
+    (9, 3, 3, 9, 3, 1, 0.0),
+    (9, 3, 4, 12, 4, 1, 1 / 3),  # three kv heads can't be shared by four devices: a whole group is added
+    (9, 3, 8, 24, 8, 1, 5 / 3),
+    (9, 3, 6, 18, 6, 1, 1.0),  # 3 + 1 heads a device; with shared kv heads 2 + 3
+    (12, 2, 4, 12, 2, 2, 0.0),  # 3 + 2 heads a device; with added groups 6 + 1
+    (12, 2, 8, 16, 2, 4, 1 / 3),
+    (14, 2, 4, 16, 2, 2, 1 / 7),
+    (8, 1, 4, 8, 1, 4, 0.0),
+    (32, 8, 8, 32, 8, 1, 0.0),
+    (32, 8, 16, 64, 16, 1, 1.0),  # 4 + 1 heads a device; with shared kv heads 2 + 8, as each holds all of them
+]
+
+
+@pytest.mark.parametrize("query, kv, tensor, padded_query, padded_kv, copies, overhead", PLANS)
+def test_plan_of_heads(
+    query: int, kv: int, tensor: int, padded_query: int, padded_kv: int, copies: int, overhead: float
+) -> None:
+    plan = plan_heads(_heads(query, kv), tensor)
+    assert (np.prod(plan.query.padded), np.prod(plan.kv.padded), plan.copies) == (padded_query, padded_kv, copies)
+    assert plan.overhead == pytest.approx(overhead)
+    assert np.prod(plan.query.logical) == query and plan.kv.logical == (kv,)
+    assert plan.groups % tensor == 0 and padded_query % plan.groups == 0  # whole groups on each device
+
+
+@pytest.mark.parametrize("query, kv, tensor", [plan[:3] for plan in PLANS])
+def test_padded_queries_keep_their_kv_head(query: int, kv: int, tensor: int) -> None:
+    """Query head i of the padded model attends to repeated kv head i // (queries a group); it has to be its own."""
+    plan = plan_heads(_heads(query, kv), tensor)
+    own = plan.query
+    number = np.pad(
+        np.arange(query).reshape(own.logical), [(0, p - q) for q, p in zip(own.logical, own.padded)], constant_values=-1
+    )
+    repeated = np.repeat(np.arange(np.prod(plan.kv.padded)), plan.copies)
+    for place, head in enumerate(number.reshape(-1)):
+        if head >= 0:
+            assert repeated[place // (number.size // plan.groups)] == head // (query // kv)
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("query, kv, tensor", [plan[:3] for plan in PLANS])
+def test_every_split_axis_divides_and_is_padded_least(query: int, kv: int, tensor: int, fsdp: int) -> None:
+    sizes = _sizes(fsdp, tensor)
+    for path, parameter in parameter_table(_heads(query, kv), AxisRules(), sizes).items():
+        logical = parameter_table(_heads(query, kv), AxisRules(), _sizes())[path].shape
+        assert parameter.padding.logical == logical and parameter.leaf.logical == logical
+        for letter, size, whole, entry, shards in zip(
+            parameter.axes, parameter.shape, logical, parameter.spec, parameter.shards, strict=True
+        ):
+            assert shards == (sizes[entry] if entry else 1)
+            assert size % shards == 0 and size >= whole
+            if letter not in "nk":  # heads: see the plans
+                assert size - whole < shards
+
+
+def test_kv_parameters_are_whole_only_where_they_are_shared() -> None:
+    for architecture, expected in ((tiny.GQA_9_3, "tensor"), (tiny.GQA_10_2, None)):
+        table = parameter_table(architecture, AxisRules(), _sizes(tensor=4))
+        assert table["layers/attention/k_dkh"].spec == PartitionSpec(None, "fsdp", expected, None)
+        assert table["layers/attention/v_dkh"].spec == PartitionSpec(None, "fsdp", expected, None)
+        assert table["layers/attention/q_dnh"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+
+
+def test_only_an_untied_model_has_a_head_of_its_own() -> None:
+    tied, untied = (
+        parameter_table(replace(tiny.GQA_9_3, tied_head=tied), AxisRules(), _sizes()) for tied in (True, False)
+    )
+    assert set(untied) - set(tied) == {"head/table_vd"} and set(untied) == set(TABLE)
+
+
+def test_a_width_that_does_not_divide_is_an_error_that_lists_the_sizes_that_do() -> None:
+    with pytest.raises(UserError, match=re.escape("d=24 doesn't divide over mesh.fsdp=5")) as error:
+        parameter_table(tiny.GQA_9_3, AxisRules(), _sizes(fsdp=5))
+    assert str(error.value).endswith("valid sizes of mesh.fsdp: 1, 2, 3, 4, 6, 8, 12, 24")
+    parameter_table(tiny.GQA_9_3, AxisRules(), _sizes(fsdp=12))  # one of those listed
+
+
+@pytest.mark.parametrize("architecture", [tiny.GQA_9_3, replace(tiny.GQA_10_2, tied_head=False)], ids=["9/3", "10/2"])
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4}], ids=str)
+def test_arrays_lie_as_declared(
+    architecture: Architecture, sizes: dict[str, int], mesh_of: Callable[..., Mesh]
+) -> None:
+    """NNX replicates a parameter whose annotation is misspelt, silently; so look at the arrays themselves."""
+    mesh = mesh_of(**sizes)
+    with jax.set_mesh(mesh):
+        settings = make_settings(architecture, mesh_sizes=dict(mesh.shape))
+        model = nnx.jit(lambda: Transformer(settings, nnx.Rngs(0)))()
+    found = {"/".join(map(str, path)): variable for path, variable in nnx.state(model).flat_state()}
+    assert set(found) == set(settings.table)
+    for path, variable in found.items():
+        array = variable.get_value()
+        shared = architecture is not tiny.GQA_9_3 and "tensor" in sizes and path.endswith("kh")
+        expected = [SPLIT_OVER.get(letter) if letter != "k" or not shared else None for letter in TABLE[path][0]]
+        assert variable.get_metadata()["out_sharding"] == PartitionSpec(*expected), path
+        ways = [mesh.shape[axis] if axis else 1 for axis in expected]
+        pieces = tuple(size // way for size, way in zip(array.shape, ways, strict=True))
+        assert array.shape == settings.table[path].shape
+        assert {shard.data.shape for shard in array.addressable_shards} == {pieces}, path
+        assert len({str(shard.index) for shard in array.addressable_shards}) == np.prod(ways), path
+        _check_values(np.asarray(array), path, architecture, settings.table[path].padding)
+
+
+def _check_values(padded: np.ndarray, path: str, architecture: Architecture, padding: Padding) -> None:
+    """The random numbers are those of one device, and padding is zero."""
+    np.testing.assert_array_equal(padding.unpad(padded), _initial(architecture)[path])
+    assert not padded[~padding.mask()].any()
+
+
+@lru_cache
+def _initial(architecture: Architecture) -> dict[str, np.ndarray]:
+    model = Transformer(make_settings(architecture), nnx.Rngs(0))
+    return {"/".join(map(str, path)): np.asarray(v.get_value()) for path, v in nnx.state(model).flat_state()}

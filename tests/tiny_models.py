@@ -1,0 +1,135 @@
+"""Decoders of two layers on any mesh, float or int8, with random weights or those of a fixture."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from research.architecture import Architecture
+from research.config import Rule
+from research.formats import huggingface
+from research.model.layers import Settings, tree_of
+from research.model.placement import shardings
+from research.model.transformer import Transformer, graph_of, make_settings
+from research.quant.grid import calibrate, encode
+from research.quant.nodes import Encoded, Quantized, is_encoded, stored
+from research.quant.policy import Format, Policy
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+# No two sizes are equal, and few of them divide by the meshes' sizes.
+GQA_9_3 = Architecture(
+    vocabulary=67, width=24, layers=2, query_heads=9, kv_heads=3, head_width=4, feed_forward=50, context=64
+)
+# Two kv heads on four ways: the queries of each are shared out, and the kv parameters stay whole.
+GQA_10_2 = replace(GQA_9_3, query_heads=10, kv_heads=2)
+
+FLOAT: tuple[Rule, ...] = ()
+W8A8 = (Rule(match=".*", weight="int8", activation="int8"),)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model: structure, and weights (nested dictionary of arrays and `Encoded`) on the mesh in context."""
+
+    settings: Settings
+    graph: nnx.GraphDef
+    weights: dict[str, Any]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The weights as floats, those on a grid decoded: what a training step differentiates with respect to."""
+        return jax.jit(partial(_map_encoded, Encoded.decode))(self.weights)
+
+    @property
+    def served(self) -> dict[str, Any]:
+        """The weights as evaluation and serving hold them: codes and scales only."""
+        return _map_encoded(stored, self.weights)
+
+    def view(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The weights as the training step calls the model with them: value, codes and scales."""
+
+        def one(w: Any, p: jax.Array) -> Any:
+            return Quantized(p, w.codes, w.scale, w.grid, w.dtype) if is_encoded(w) else p
+
+        return jax.tree.map(one, self.weights, params, is_leaf=is_encoded)
+
+    def model(self, weights: dict[str, Any]) -> Transformer:
+        """The model with `weights`, callable."""
+        return nnx.merge(self.graph, weights)
+
+    def unpad(self, tree: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The logical part of every leaf of a tree like params, by path."""
+        return {path: p.padding.unpad(np.asarray(leaf(tree, path))) for path, p in self.settings.table.items()}
+
+
+def leaf(tree: dict[str, Any], path: str) -> Any:
+    """Return the leaf of a nested dictionary at "a/b/c"."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager:
+    """Return the context of a mesh, or of none."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def make(
+    source: Architecture | str,
+    rules: tuple[Rule, ...] = FLOAT,
+    mesh: Mesh | None = None,
+    padded_for: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Tiny:
+    """Return a model with random weights, or with those of the fixture `source`, laid out for the mesh.
+
+    `padded_for`: mesh sizes to pad for, while the arrays lie on `mesh`.
+    """
+    architecture, read = (source, random_weights(source)) if isinstance(source, Architecture) else _fixture(source)
+    sizes = padded_for or (dict(mesh.shape) if mesh else None)
+    table = make_settings(architecture, mesh_sizes=sizes).table
+    policy = Policy(rules, {path: parameter.leaf for path, parameter in table.items()})
+    settings = make_settings(architecture, policy, mesh_sizes=sizes, **options)
+    formats = policy.formats({path: parameter.shape for path, parameter in table.items()})
+    weights = tree_of({path: _encode(p.padding.pad(read(path)), formats.get(path)) for path, p in table.items()})
+    if mesh is not None:
+        weights = jax.device_put(weights, shardings(weights, table, mesh))
+    return Tiny(settings, graph_of(settings), weights)
+
+
+def random_weights(architecture: Architecture) -> Callable[[str], np.ndarray]:
+    """Return a function of the path: random float32 weights of the logical shape, norms' scales about 1."""
+    table = make_settings(architecture).table
+
+    def read(path: str) -> np.ndarray:
+        parameter = table[path]
+        noise = np.random.default_rng(list(path.encode())).normal(size=parameter.padding.logical)
+        return (0.3 * noise if parameter.contract else 1 + 0.1 * noise).astype(np.float32)
+
+    return read
+
+
+def _fixture(name: str) -> tuple[Architecture, Callable[[str], np.ndarray]]:
+    source = huggingface.open_model(FIXTURES / name)
+    return source.architecture, source.read
+
+
+def _encode(w: np.ndarray, form: Format | None) -> Any:
+    if form is None:
+        return jnp.asarray(w)
+    w_jax = jnp.asarray(w)
+    scale = calibrate(form.grid, w_jax, form.scale_shape)
+    return Encoded(encode(form.grid, w_jax, scale), scale, form.grid, "float32")
+
+
+def _map_encoded(function: Callable[[Encoded], Any], weights: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda w: function(w) if is_encoded(w) else w, weights, is_leaf=is_encoded)
