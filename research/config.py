@@ -196,7 +196,7 @@ class TrainConfig:
     batch_size: int = 8
     """Examples per optimizer step, over all devices."""
     accumulate: int = 1
-    """Micro-batches that one optimizer step is split into."""
+    """Micro-batches that one optimizer step is split into, by length of the rows; each is padded on its own."""
     compute_dtype: str = "float32"
     """Dtype of activations: float32 or bfloat16."""
     param_dtype: str = "float32"

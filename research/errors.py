@@ -1,12 +1,18 @@
-"""The one exception for mistakes that the user can mend, and how a script reports it."""
+"""The exceptions that a script ends with in one line: a mistake that the user can mend, and a stop that was asked for."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that names the value, the place and the remedy. Exit code 2."""
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C was obeyed, and what was begun is saved: one line that says how to go on. Exit code 1."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -17,9 +23,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a script's `main`: after a `UserError` one line on stderr and exit code 2, after a stop one line and 1.
+
+    SIGTERM comes as Ctrl-C does, as a KeyboardInterrupt, so that open files, locks and folders are left in order.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
+    except (Stopped, KeyboardInterrupt) as stop:
+        _leave(str(stop) or "interrupted", 1)
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)

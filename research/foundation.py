@@ -155,7 +155,6 @@ def _open_from_hub(name: str, cache: Path | None, report: Report) -> tuple[Model
             revision=revision,
             cache_dir=None if cache is None else Path(cache) / "hub",
             allow_patterns=_HUB_FILES,
-            ignore_patterns=["*/*"],
         )
     except Exception as error:  # the hub's own, and those of the HTTP library, which differs between its versions
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

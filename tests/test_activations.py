@@ -53,6 +53,15 @@ def test_halves_round_to_even() -> None:
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2]] and scale.tolist() == [[1.0]]
 
 
+def test_the_reciprocal_is_multiplied() -> None:
+    """Near halves of a step, x / scale would round to another code now and then."""
+    absmax_t1 = np.random.default_rng(3).uniform(0.1, 10, (200, 1)).astype(np.float32)
+    x_td = np.concatenate([absmax_t1, absmax_t1 * (np.arange(127, dtype=np.float32) + 0.5) / 127], axis=1)
+    codes, _ = jax.jit(quantize_tokens, static_argnums=1)(jnp.asarray(x_td), (1,))
+    assert np.array_equal(codes, in_numpy(x_td, (1,))[0])
+    assert not np.array_equal(codes, np.round(x_td / (absmax_t1 * np.float32(1 / 127)))), "no half tells them apart"
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_seen(broken: float) -> None:
     codes, scale = quantize_tokens(jnp.asarray([[1, broken, 2], [1, 2, 3]], jnp.float32), (1,))

@@ -147,7 +147,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         files = {str(file.relative_to(self.folder)): file for file in sorted(self.folder.rglob("*")) if file.is_file()}
         repository = "/api/models/org/tiny"
-        if path in (f"{repository}/revision/main", f"{repository}/revision/v2"):
+        if path == f"{repository}/revision/v2":
             siblings = [{"rfilename": name} for name in files]
             self._send({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}, body)
         elif path == f"{repository}/tree/{COMMIT}":

@@ -86,7 +86,7 @@ def test_sentencepiece_tokenizers_come_back(prefix):
     assert metadata["tokenizer.ggml.add_space_prefix"] is prefix
     assert metadata["tokenizer.ggml.add_bos_token"] is True
     back = read_tokenizer("x.gguf", metadata)
-    for text in ("Is this spam, or ham? Age: 12", "", " ham", "<s>ham</s>", "ü🙂\n"):
+    for text in ("Is this spam, or ham? Age: 12", "", " ham", "<s>ham</s>", "ü🙂\n", "messes"):
         assert back.encode_document(text) == tokenizer.encode_document(text)
         assert back.encode_with_specials(text) == tokenizer.encode_with_specials(text)
     assert replace(back, definition="") == replace(tokenizer, definition="")
@@ -97,7 +97,16 @@ def test_plain_text_never_merges_into_a_control_token():
     tokenizer = sentencepiece()
     metadata = tokenizer_metadata(tokenizer, tokenizer.vocabulary)
     metadata["tokenizer.ggml.scores"][2] = 0.0
-    assert 2 not in read_tokenizer("x.gguf", metadata).encode("</s>")
+    back = read_tokenizer("x.gguf", metadata)
+    assert [back.backend.id_to_token(index) for index in back.encode("</s>")] == ["▁", "</", "s>"]
+
+
+def test_llama3_takes_a_whole_word_before_it_merges():
+    metadata = tokenizer_metadata(BYTE_LEVEL["gpt-2"], 400) | {"tokenizer.ggml.merges": []}
+    word = metadata["tokenizer.ggml.tokens"].index("Ġassistant")
+    for name, ids in {"gpt-2": len(" assistant"), "llama-bpe": 1}.items():
+        encoded = read_tokenizer("x.gguf", metadata | {"tokenizer.ggml.pre": name}).encode(" assistant")
+        assert len(encoded) == ids and (encoded == [word]) == (ids == 1)
 
 
 def test_types_of_tokens():

@@ -36,13 +36,13 @@ def quantize_all(w: jax.Array) -> dict:
 
 
 def in_numpy(w: np.ndarray, scale_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return scale, codes and weight: float32 absmax · (1/127) as float16; quotient rounded half to even; product."""
+    """Return scale, codes and weight: absmax · (1/127) as float16; round(w · (1/scale)), half to even; code · scale."""
     rows, blocks = scale_shape
     absmax = np.abs(w).reshape(rows, -1, blocks, 64 // blocks).max(axis=(1, 3))
     step = np.clip(absmax * np.float32(1 / 127), 2.0**-24, 65504)
     scale = np.where(absmax == 0, 1, step).astype(np.float16)
     wide = np.repeat(scale.astype(np.float32), 64 // blocks, axis=1)
-    codes = np.clip(np.round(w / wide), -127, 127).astype(np.int8)
+    codes = np.clip(np.round(w * (np.float32(1) / wide)), -127, 127).astype(np.int8)
     return scale, codes, codes * wide
 
 
@@ -107,6 +107,25 @@ def test_nan_is_seen(scale_shape: tuple[int, ...]) -> None:
     block = spread(jnp.isnan(scale), SHAPE)
     assert np.array_equal(np.isnan(np.asarray(w_hat, np.float32)), np.broadcast_to(block, SHAPE))
     assert bool(jnp.isnan(scale).sum() == 1)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 64], ids=["channel", "group", "full"])
+def test_int8_multiplies_by_the_reciprocal_whatever_shape_the_scale_has(blocks: int) -> None:
+    """Halves of a step tell a product with 1/scale from a division, which XLA would choose between by shape."""
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(1e-4, 1, (101, blocks)).astype(np.float16)
+    wide = np.repeat(scale.astype(np.float32), 64 // blocks, axis=1)
+    w = (rng.integers(-127, 127, (101, 64)) + np.float32(0.5)).astype(np.float32) * wide
+    expected = np.round(w * (np.float32(1) / wide))
+    for encode_with in (encode, jax.jit(encode, static_argnums=0)):
+        assert np.array_equal(encode_with(INT8, jnp.asarray(w), jnp.asarray(scale)), expected)
+    assert not np.array_equal(expected, np.round(w / wide)), "no half tells them apart"
+
+
+def test_int8_rounds_halves_to_even() -> None:
+    w = jnp.arange(-126.5, 127, dtype=jnp.float32)[None] / 4
+    codes = encode(INT8, w, jnp.full((1, 1), 0.25, jnp.float16))
+    assert np.array_equal(codes, np.round(np.arange(-126.5, 127))[None])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -153,7 +153,7 @@ def reference_fake_quantize(form: Form, name: str, dtype: str, w: jax.Array) -> 
             shared = [axis + 1]
         absmax = jnp.abs(blocks).max(axis=shared, keepdims=True)
         scale = jnp.where(absmax == 0, 1.0, absmax * (1 / 127)).astype(jnp.float16).astype(jnp.float32)
-        return (jnp.round(blocks / scale).clip(-127, 127) * scale).reshape(shape).astype(dtype).astype(jnp.float32)
+        return (jnp.round(blocks * (1 / scale)).clip(-127, 127) * scale).reshape(shape).astype(dtype).astype(jnp.float32)
 
     straight_through = jax.custom_vjp(forward)
     straight_through.defvjp(lambda w: (forward(w), None), lambda _, g: (g,))

@@ -32,9 +32,14 @@ def policy(splits: tuple[int, ...] = (1, 1, 1)) -> Policy:
 
 
 def params_and_gradient(dtype: str = "float32") -> tuple[PyTree, PyTree]:
-    """Return a leaf of equal values for every form, one block of zeros among them, and small gradients."""
+    """Return a leaf of equal values for every form and a gradient; one channel of weights is zero.
+
+    Many weights are half of a step off the grid: where a mesh changed an ulp, it would change their codes.
+    """
     rng = np.random.default_rng(6)
-    w_lio = rng.normal(0, 0.05, SHAPE) * 10.0 ** rng.integers(-2, 2, (2, 1, 8))
+    w_lio = rng.integers(-126, 126, SHAPE) + 0.5
+    w_lio[:, ::16] = 127
+    w_lio = w_lio * rng.uniform(1e-4, 1e-2, (2, 1, 8)).astype(np.float16)
     w_lio[1, :, 3] = 0
     gradient_lio = rng.normal(size=SHAPE)
     params = {form.name: jnp.asarray(w_lio, dtype) for form in FORMS}

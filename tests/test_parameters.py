@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 
 import jax
 import numpy as np
@@ -16,8 +15,8 @@ from research.architecture import Architecture
 from research.axes import AxisRules
 from research.errors import UserError
 from research.model.parameters import TABLE, parameter_table, plan_heads
+from research.model.placement import place
 from research.model.transformer import Transformer, make_settings
-from research.padding import Padding
 
 # Written out a second time, on purpose: a letter that the code maps elsewhere fails here.
 SPLIT_OVER = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
@@ -64,12 +63,14 @@ def test_padded_queries_keep_their_kv_head(query: int, kv: int, tensor: int) -> 
     plan = plan_heads(_heads(query, kv), tensor)
     own = plan.query
     number = np.pad(
-        np.arange(query).reshape(own.logical), [(0, p - q) for q, p in zip(own.logical, own.padded)], constant_values=-1
+        np.arange(query).reshape(own.logical),
+        [(0, p - q) for q, p in zip(own.logical, own.padded, strict=True)],
+        constant_values=-1,
     )
     repeated = np.repeat(np.arange(np.prod(plan.kv.padded)), plan.copies)
-    for place, head in enumerate(number.reshape(-1)):
+    for index, head in enumerate(number.reshape(-1)):
         if head >= 0:
-            assert repeated[place // (number.size // plan.groups)] == head // (query // kv)
+            assert repeated[index // (number.size // plan.groups)] == head // (query // kv)
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
@@ -110,38 +111,61 @@ def test_a_width_that_does_not_divide_is_an_error_that_lists_the_sizes_that_do()
     parameter_table(tiny.GQA_9_3, AxisRules(), _sizes(fsdp=12))  # one of those listed
 
 
-@pytest.mark.parametrize("architecture", [tiny.GQA_9_3, replace(tiny.GQA_10_2, tied_head=False)], ids=["9/3", "10/2"])
-@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4}], ids=str)
+LAID_OUT = [
+    (tiny.GQA_9_3, {"data": 2, "tensor": 4}),
+    (tiny.GQA_9_3, {"fsdp": 4}),
+    (replace(tiny.GQA_10_2, tied_head=False), {"fsdp": 2, "tensor": 4}),
+]
+
+
+@pytest.mark.parametrize("architecture, sizes", LAID_OUT, ids=["2x1x4", "1x4x1", "1x2x4-shared"])
 def test_arrays_lie_as_declared(
     architecture: Architecture, sizes: dict[str, int], mesh_of: Callable[..., Mesh]
 ) -> None:
     """NNX replicates a parameter whose annotation is misspelt, silently; so look at the arrays themselves."""
     mesh = mesh_of(**sizes)
+    settings = make_settings(architecture, mesh_sizes=dict(mesh.shape))
+    read = tiny.random_weights(architecture)
     with jax.set_mesh(mesh):
-        settings = make_settings(architecture, mesh_sizes=dict(mesh.shape))
-        model = nnx.jit(lambda: Transformer(settings, nnx.Rngs(0)))()
-    found = {"/".join(map(str, path)): variable for path, variable in nnx.state(model).flat_state()}
-    assert set(found) == set(settings.table)
-    for path, variable in found.items():
-        array = variable.get_value()
-        shared = architecture is not tiny.GQA_9_3 and "tensor" in sizes and path.endswith("kh")
+        declared = tiny.by_path(nnx.eval_shape(lambda: Transformer(settings, nnx.Rngs(0))))
+    assert set(declared) == set(settings.table)
+    for path, parameter in settings.table.items():
+        array = place(path, read(path), settings.table, mesh)
+        shared = settings.heads.copies > 1 and path.endswith("kh")
         expected = [SPLIT_OVER.get(letter) if letter != "k" or not shared else None for letter in TABLE[path][0]]
-        assert variable.get_metadata()["out_sharding"] == PartitionSpec(*expected), path
-        ways = [mesh.shape[axis] if axis else 1 for axis in expected]
-        pieces = tuple(size // way for size, way in zip(array.shape, ways, strict=True))
-        assert array.shape == settings.table[path].shape
-        assert {shard.data.shape for shard in array.addressable_shards} == {pieces}, path
-        assert len({str(shard.index) for shard in array.addressable_shards}) == np.prod(ways), path
-        _check_values(np.asarray(array), path, architecture, settings.table[path].padding)
+        assert declared[path].get_metadata()["out_sharding"] == PartitionSpec(*expected), path
+        assert declared[path].get_value().shape == array.shape == parameter.shape
+        _check_pieces(array, [mesh.shape[axis] if axis else 1 for axis in expected])
+        np.testing.assert_array_equal(parameter.padding.unpad(np.asarray(array)), read(path))
+        assert not np.asarray(array)[~parameter.padding.mask()].any()
 
 
-def _check_values(padded: np.ndarray, path: str, architecture: Architecture, padding: Padding) -> None:
-    """The random numbers are those of one device, and padding is zero."""
-    np.testing.assert_array_equal(padding.unpad(padded), _initial(architecture)[path])
-    assert not padded[~padding.mask()].any()
+def _check_pieces(array: jax.Array, ways: list[int]) -> None:
+    """Each axis is cut into as many pieces as `ways` says, and no two of them are the same piece."""
+    pieces = tuple(size // way for size, way in zip(array.shape, ways, strict=True))
+    assert {shard.data.shape for shard in array.addressable_shards} == {pieces}
+    assert len({str(shard.index) for shard in array.addressable_shards}) == np.prod(ways)
 
 
-@lru_cache
-def _initial(architecture: Architecture) -> dict[str, np.ndarray]:
-    model = Transformer(make_settings(architecture), nnx.Rngs(0))
-    return {"/".join(map(str, path)): np.asarray(v.get_value()) for path, v in nnx.state(model).flat_state()}
+def test_initial_weights_are_those_of_one_device_laid_out_and_padded(mesh_of: Callable[..., Mesh]) -> None:
+    found = []
+    for mesh in (mesh_of(), mesh_of(fsdp=2, tensor=4)):
+        settings = make_settings(replace(tiny.GQA_10_2, layers=1), mesh_sizes=dict(mesh.shape))
+        with jax.set_mesh(mesh):
+            model = nnx.jit(lambda settings=settings: Transformer(settings, nnx.Rngs(0)))()
+        found.append((settings.table, {path: v.get_value() for path, v in tiny.by_path(model).items()}))
+    (_, single), (table, sharded) = found
+    for path, parameter in table.items():
+        _check_pieces(sharded[path], list(parameter.shards))
+        padded = np.asarray(sharded[path])
+        np.testing.assert_array_equal(parameter.padding.unpad(padded), single[path])
+        assert not padded[~parameter.padding.mask()].any()
+        if parameter.contract:
+            fan_in = np.prod(
+                [
+                    n
+                    for letter, n in zip(parameter.axes, single[path].shape, strict=True)
+                    if letter in parameter.contract
+                ]
+            )
+            assert np.std(single[path]) == pytest.approx(fan_in**-0.5, rel=0.2)

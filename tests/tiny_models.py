@@ -1,14 +1,13 @@
 """Decoders of two layers on any mesh, float or int8, with random weights or those of a fixture."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -44,7 +43,7 @@ class Tiny:
     graph: nnx.GraphDef
     weights: dict[str, Any]
 
-    @property
+    @cached_property
     def params(self) -> dict[str, Any]:
         """The weights as floats, those on a grid decoded: what a training step differentiates with respect to."""
         return jax.jit(partial(_map_encoded, Encoded.decode))(self.weights)
@@ -78,6 +77,11 @@ def leaf(tree: dict[str, Any], path: str) -> Any:
     return tree
 
 
+def by_path(model: Transformer) -> dict[str, nnx.Param]:
+    """Return the model's parameters by "a/b/c"."""
+    return {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model))}
+
+
 def on(mesh: Mesh | None) -> AbstractContextManager:
     """Return the context of a mesh, or of none."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -87,23 +91,37 @@ def make(
     source: Architecture | str,
     rules: tuple[Rule, ...] = FLOAT,
     mesh: Mesh | None = None,
-    padded_for: Mapping[str, int] | None = None,
+    padded_for: int = 0,
     **options: Any,
 ) -> Tiny:
     """Return a model with random weights, or with those of the fixture `source`, laid out for the mesh.
 
-    `padded_for`: mesh sizes to pad for, while the arrays lie on `mesh`.
+    `padded_for`: tensor ways to pad for, whatever the mesh is.
     """
-    architecture, read = (source, random_weights(source)) if isinstance(source, Architecture) else _fixture(source)
-    sizes = padded_for or (dict(mesh.shape) if mesh else None)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape if mesh else {})
+    sizes["tensor"] = padded_for or sizes["tensor"]
+    weights = _encoded(source, rules, sizes["fsdp"], sizes["tensor"])
+    architecture = source if isinstance(source, Architecture) else _fixture(source)[0]
     table = make_settings(architecture, mesh_sizes=sizes).table
     policy = Policy(rules, {path: parameter.leaf for path, parameter in table.items()})
     settings = make_settings(architecture, policy, mesh_sizes=sizes, **options)
-    formats = policy.formats({path: parameter.shape for path, parameter in table.items()})
-    weights = tree_of({path: _encode(p.padding.pad(read(path)), formats.get(path)) for path, p in table.items()})
     if mesh is not None:
         weights = jax.device_put(weights, shardings(weights, table, mesh))
     return Tiny(settings, graph_of(settings), weights)
+
+
+@lru_cache
+def _encoded(source: Architecture | str, rules: tuple[Rule, ...], fsdp: int, tensor: int) -> dict[str, Any]:
+    architecture, read = (source, random_weights(source)) if isinstance(source, Architecture) else _fixture(source)
+    table = make_settings(architecture, mesh_sizes={"fsdp": fsdp, "tensor": tensor}).table
+    policy = Policy(rules, {path: parameter.leaf for path, parameter in table.items()})
+    formats = policy.formats({path: parameter.shape for path, parameter in table.items()})
+
+    @jax.jit
+    def encode_all(weights: dict[str, jax.Array]) -> dict[str, Any]:
+        return {path: _encode(w, formats.get(path)) for path, w in weights.items()}
+
+    return tree_of(encode_all({path: p.padding.pad(read(path)) for path, p in table.items()}))
 
 
 def random_weights(architecture: Architecture) -> Callable[[str], np.ndarray]:
@@ -123,12 +141,11 @@ def _fixture(name: str) -> tuple[Architecture, Callable[[str], np.ndarray]]:
     return source.architecture, source.read
 
 
-def _encode(w: np.ndarray, form: Format | None) -> Any:
+def _encode(w: jax.Array, form: Format | None) -> Any:
     if form is None:
-        return jnp.asarray(w)
-    w_jax = jnp.asarray(w)
-    scale = calibrate(form.grid, w_jax, form.scale_shape)
-    return Encoded(encode(form.grid, w_jax, scale), scale, form.grid, "float32")
+        return w
+    scale = calibrate(form.grid, w, form.scale_shape)
+    return Encoded(encode(form.grid, w, scale), scale, form.grid, "float32")
 
 
 def _map_encoded(function: Callable[[Encoded], Any], weights: dict[str, Any]) -> dict[str, Any]:

@@ -36,10 +36,21 @@ def byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer | None = None, **model
 def sentencepiece(prefix: bool = True) -> Tokenizer:
     """A tokenizer as SentencePiece makes them: merges by score, bytes as a fallback, a space before the text."""
     pieces = ["▁", *"abehimorsuw?!", "am", "ham", "▁ham", "sp", "▁spam", "▁sp", "es", "age", "▁w", "or", "▁wor", "ss"]
-    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *pieces, "p", "g", "</", "s>"]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *[f"<0x{byte:02X}>" for byte in range(256)],
+        *pieces,
+        "p",
+        "g",
+        *"</>",
+        "</",
+        "s>",
+    ]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [("a", "m"), ("h", "am"), ("▁", "ham"), ("s", "p"), ("▁", "sp"), ("▁sp", "am"), ("o", "r"), ("▁", "w")]
-    merges += [("▁w", "or"), ("s", "s"), ("e", "s")]
+    merges += [("▁w", "or"), ("s", "s"), ("e", "s"), ("<", "/"), ("s", ">")]
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     replace = normalizers.Replace(" ", "▁")

@@ -61,6 +61,11 @@ class Run:
     step: Step
     state: TrainState
 
+    def split(self, rows: Batch) -> list[Batch]:
+        """Return the micro-batches of a batch."""
+        parts = self.setup.train.accumulate
+        return [Batch(*(np.split(array, parts)[index] for array in rows)) for index in range(parts)]
+
     def advance(self, steps: int, data: Batch | None = None) -> list[float]:
         """Take some steps, on the batch of each step's number or on `data`, and return the losses."""
         return [metrics.loss for metrics in self.advance_metrics(steps, data)]
@@ -71,7 +76,7 @@ class Run:
         with jax.set_mesh(self.mesh):
             for number in range(int(self.state.step), int(self.state.step) + steps):
                 rows = batch(number) if data is None else data
-                self.state, metrics = self.step(self.state, put_batch(rows, self.mesh))
+                self.state, metrics = self.step(self.state, [put_batch(part, self.mesh) for part in self.split(rows)])
                 found.append(jax.tree.map(float, metrics))
         return found
 
@@ -92,7 +97,7 @@ def _program(rules: tuple[Rule, ...], train: TrainConfig, mesh_config: MeshConfi
         setup = make_setup(ARCHITECTURE, rules, train, mesh, padded_for={"tensor": tensor})
         tx = make_optimizer(OPTIMIZER, train, setup.policy, setup.table)
         state = _state(setup, tx, foundation(), mesh)
-        step = make_step(setup.settings, setup.graph, tx, OPTIMIZER, train, mesh, state)
+        step = make_step(setup.graph, tx, OPTIMIZER, train, setup.table, mesh, state)
     return Run(mesh, setup, tx, step, state)
 
 

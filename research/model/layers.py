@@ -152,10 +152,18 @@ class Attention(nnx.Module):
             k_bskh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_bskh, start, axis=1)
             v_bskh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_bskh, start, axis=1)
             cache = (k_bskh, v_bskh)
-        with jax.numpy_dtype_promotion("standard"):  # jax itself mixes bf16 and f32 in there
-            out_btnh = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
+        out_btnh = self._drop_padding(attend(q_btnh, k_bskh, v_bskh, mask_bts))
         out_btnh = self.settings.constrain(out_btnh, "btnh")
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
+
+    def _drop_padding(self, out_btnh: jax.Array) -> jax.Array:
+        """Return `out_btnh` with zeros for the heads that are padding.
+
+        A query of zeros attends evenly to all it sees. In a group with a real kv head that is no zero: it would count in
+        the scale of int8 activations, and give the zero rows of the out-projection a gradient.
+        """
+        real_n = self.settings.heads.real_n()
+        return out_btnh if real_n.all() else jnp.where(real_n[None, None, :, None], out_btnh, 0)
 
     def _repeat(self, x_bskh: jax.Array) -> jax.Array:
         """Return [b, s, k · copies, h], each kv head once for every device that needs it."""
@@ -163,6 +171,20 @@ class Attention(nnx.Module):
         if copies == 1:
             return x_bskh
         return constrain(jnp.repeat(x_bskh, copies, axis=2, out_sharding=explicit(spec)), spec)
+
+
+def attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array) -> jax.Array:
+    """Return softmax(q · k / √h) · v, [b, t, n, h] in the dtype of `v`; n = (k, g): g queries share a kv head.
+
+    Scores and softmax are float32. Not `jax.nn.dot_product_attention`, whose derivative mixes float32 and bfloat16.
+    """
+    b, t, n, h = q_btnh.shape
+    k = k_bskh.shape[2]
+    q_btkgh = q_btnh.reshape(b, t, k, n // k, h).astype(jnp.float32)
+    score_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh.astype(jnp.float32)) * h**-0.5
+    score_bkgts = jnp.where(mask_bts[:, None, None], score_bkgts, jnp.finfo(jnp.float32).min)
+    share_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", share_bkgts, v_bskh).reshape(b, t, n, h)
 
 
 class MLP(nnx.Module):

@@ -1,13 +1,14 @@
 """One table of the model's parameters: axis letters, contraction, logical shape inside the padded one, sharding.
 
-The model is built from this table, the quantization policy reads its axes from it, checkpoints and exports its padding; so
-none of them can disagree. Paths are "/"-joined attribute names of the modules in `layers.py` and `transformer.py`.
+The model is built from this table, the quantization policy reads its axes from it, checkpoints and exports its padding;
+so none of them can disagree. Paths are "/"-joined attribute names of the modules in `layers.py` and `transformer.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture
@@ -59,8 +60,8 @@ TABLE = {
 class HeadPlan:
     """How the attention heads are laid out over `tensor` ways.
 
-    Queries are ordered (kv head, copy, query), where each kv head is used by `copies` of groups of `queries` query heads.
-    `copies` > 1 means: the kv parameters stay whole on every device, and each device uses the heads it needs.
+    Query heads are ordered (kv head, copy, query): the queries of a kv head are shared out to its `copies`. More than one
+    copy means: the kv parameters stay whole on every device, and each device uses the heads that its queries need.
     """
 
     query: AxisPadding
@@ -71,6 +72,10 @@ class HeadPlan:
     def groups(self) -> int:
         """Groups of query heads (kv heads times copies), a multiple of the tensor ways."""
         return prod(self.kv.padded) * self.copies
+
+    def real_n(self) -> np.ndarray:
+        """Return which of the padded query heads exist in the model, boolean [n]."""
+        return Padding((self.query,)).mask()
 
     @property
     def overhead(self) -> float:

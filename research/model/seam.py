@@ -160,14 +160,11 @@ def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized):
 def _integer_product_bwd(product: _Product, residuals: tuple[jax.Array, jax.Array, Quantized], gradient: jax.Array):
     x_codes, x_scale, w = residuals
     x_hat, w_hat = dequantize_tokens(x_codes, x_scale, product.dtype), w.dense().astype(product.dtype)
-    x_spec, w_spec = (jax.typeof(codes).sharding.spec for codes in (x_codes, w.codes))
-    dx = _einsum(f"{product.y},{product.w}->{product.x}", gradient, w_hat, x_spec).astype(product.x_dtype)
-    dw = None
-    if w.value is not None:
-        dw = _einsum(f"{product.x},{product.y}->{product.w}", x_hat, gradient, w_spec).astype(w.dtype)
-    assert w.scale is not None
-    codes, scale = jnp.zeros(w.codes.shape, jax.dtypes.float0), jnp.zeros_like(w.scale)
-    return dx, Quantized(dw, codes, scale, w.grid, w.dtype)
+    # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
+    dx, dw = jax.vjp(lambda x, w: _einsum(product.subscripts, x, w, product.spec), x_hat, w_hat)[1](gradient)
+    value = None if w.value is None else dw.astype(w.dtype)
+    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
+    return dx.astype(product.x_dtype), Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
 
 
 _integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)

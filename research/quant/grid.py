@@ -81,6 +81,8 @@ def calibrate(grid: Grid, w: jax.Array, scale_shape: Shape) -> jax.Array | None:
 def encode(grid: Grid, w: jax.Array, scale: jax.Array | None) -> jax.Array:
     """Return the codes of the grid points nearest to `w`, ties to even, same shape, dtype `grid.code_dtype`.
 
+    An integer code is round(w · (1 / scale)), in float32: within an ulp of half a step it may be either neighbour.
+
     What lies outside the grid (above 65504 for fp16) takes its largest value. NaN stays NaN on cast grids; on integer
     grids the scale carries it. Codes have no negative zeros either.
     """
@@ -89,7 +91,8 @@ def encode(grid: Grid, w: jax.Array, scale: jax.Array | None) -> jax.Array:
         finfo = jnp.finfo(grid.code_dtype)
         return _unsigned_zeros(jnp.clip(w, float(finfo.min), float(finfo.max)).astype(grid.code_dtype))
     assert scale is not None
-    steps = jnp.round(w / spread(scale.astype(jnp.float32), w.shape))
+    # XLA makes a division by a broadcast scale this product, by a scale of full shape not: say what is computed.
+    steps = jnp.round(w * spread(1 / scale.astype(jnp.float32), w.shape))
     return jnp.clip(steps, -grid.largest_code, grid.largest_code).astype(grid.code_dtype)
 
 

@@ -7,12 +7,11 @@ there alone. So one forward scores every label of an example, and reads the prom
     query t sees key s  ⇔  s ≤ t  and  (branch_s = 0  or  branch_s = branch_t)  and  branch_s ≠ -1
 
 The last token of an answer, the end of the turn, is predicted but never read. Lengths are padded up to a few buckets,
-as each shape costs a compilation, and rows of similar length share a batch, as padding costs time.
+as each shape costs a compilation, and rows of similar length share a micro-batch, as padding costs time.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Lock
 from typing import NamedTuple
 
@@ -21,9 +20,6 @@ import numpy as np
 
 from research.errors import UserError
 from research.tasks.encoding import EncodedExamples
-
-# Training rows are sorted by length within a window of so many batches: more batches, less padding, less mixing.
-WINDOW_BATCHES = 64
 
 
 class Batch(NamedTuple):
@@ -56,45 +52,32 @@ class ScoringBatch:
 
 
 class TrainingOrder:
-    """Which examples make up the batch of a step: a function of (seed, step) and the rows' lengths, of nothing else.
+    """Which examples make up the batch of a step: a function of (seed, step) and of nothing else.
 
-    Every epoch shuffles the examples anew. The shuffled examples are taken in windows; within a window they are sorted
-    by length, cut into batches, and the batches are shuffled. An epoch uses no example twice; those left over when the
-    examples are no multiple of the batch (other ones each epoch) are left out of it.
+    Every epoch shuffles the examples anew, and uses none twice; those left over when the examples are no multiple of the
+    batch (other ones each epoch) are left out of it.
     """
 
-    def __init__(self, row_lengths: Sequence[int], seed: int, batch_size: int) -> None:
-        """Prepare the order of rows with these lengths, in tokens."""
-        if len(row_lengths) < batch_size:
+    def __init__(self, examples: int, seed: int, batch_size: int) -> None:
+        """Prepare the order of so many examples."""
+        if seed < 0:
+            raise UserError(f"train.seed={seed}: give 0 or more")
+        if examples < batch_size:
             raise UserError(
-                f"train.batch_size={batch_size} is larger than the training split of {len(row_lengths)} examples; give "
-                "a smaller batch, or more data"
+                f"train.batch_size={batch_size} is larger than the training split, which has {examples} examples; "
+                "give a smaller batch, or more data"
             )
         self.batch_size = batch_size
-        self.batches_per_epoch = len(row_lengths) // batch_size
-        self._lengths = np.asarray(row_lengths)
-        self._seed = seed
+        self.batches_per_epoch = examples // batch_size
+        self._examples = examples
         grain_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._shuffled = grain.MapDataset.range(len(row_lengths)).shuffle(seed=grain_seed).repeat()
-        self._window = lru_cache(maxsize=2)(self._make_window)
-        # grain reads ahead in threads, which would all make the same window at once.
-        self._lock = Lock()
+        self._shuffled = grain.MapDataset.range(examples).shuffle(seed=grain_seed).repeat()
 
     def rows(self, step: int) -> np.ndarray:
         """Return the numbers of the examples in the batch of `step`, int64, [b]."""
         epoch, place = divmod(step, self.batches_per_epoch)
-        with self._lock:
-            return self._window(epoch, place // WINDOW_BATCHES)[place % WINDOW_BATCHES]
-
-    def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """Return the batches of a window in their order, int64, [batches, b]."""
-        first = window * WINDOW_BATCHES
-        batches = min(WINDOW_BATCHES, self.batches_per_epoch - first)
-        start = epoch * len(self._lengths) + first * self.batch_size
-        members = np.array([self._shuffled[start + i] for i in range(batches * self.batch_size)])
-        by_length = members[np.argsort(self._lengths[members], kind="stable")]
-        order = np.random.default_rng((self._seed, epoch, window)).permutation(batches)
-        return by_length.reshape(batches, self.batch_size)[order]
+        start = epoch * self._examples + place * self.batch_size
+        return np.array([self._shuffled[start + i] for i in range(self.batch_size)])
 
 
 def training_batches(
@@ -104,42 +87,53 @@ def training_batches(
     seed: int,
     steps: int,
     batch_size: int,
+    accumulate: int = 1,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.MapDataset[Batch]:
-    """Return the batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch in the background.
+) -> grain.MapDataset[tuple[Batch, ...]]:
+    """Return the micro-batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch.
 
-    Rows have one branch, the true label's. The batch of a step doesn't depend on `steps` nor on what was read before.
-    (As grain has it, an index of `steps` or more starts over at 0: give as many steps as the run has.)
+    Rows have one branch, the true label's. The rows of a step are a fair sample; they are sorted by length before they are
+    cut into micro-batches, each of which is padded on its own, so little is wasted. (Sorting across steps would save more,
+    but where length and label go together it makes batches of one label, and training swings between them.) What a step
+    gets doesn't depend on `steps` nor on what was read before.
 
     Args:
         examples: the encoded training split.
-        lengths: increasing sizes of t, in tokens; a batch gets the smallest that holds its longest row.
+        lengths: increasing sizes of t, in tokens; a micro-batch gets the smallest that holds its longest row.
         seed: of the order.
         steps: length of the dataset.
-        batch_size: rows of the batch over all processes.
-        process_index, process_count: which contiguous part of each batch's rows this process gets. t is that of the
-            whole batch, so that all processes run the same program.
+        batch_size: rows of a step over all micro-batches and processes.
+        accumulate: micro-batches of a step.
+        process_index, process_count: which contiguous part of each micro-batch's rows this process gets. t is that of the
+            whole micro-batch, so that all processes run the same program.
 
     Raises:
-        UserError: a batch larger than the split, or one that doesn't divide over the processes.
+        UserError: a batch larger than the split, or one that doesn't divide into micro-batches over the processes.
     """
-    if batch_size % process_count:
+    parts = accumulate * process_count
+    if batch_size % parts:
         raise UserError(
-            f"train.batch_size={batch_size} does not divide over {process_count} processes; give a multiple of "
-            f"{process_count}"
+            f"train.batch_size={batch_size} does not divide into train.accumulate={accumulate} micro-batches over "
+            f"{process_count} processes; give a multiple of {parts}"
         )
     # The last token of an answer is not read.
-    row_lengths = [
-        len(prompt) + len(examples.answers[label]) - 1
-        for prompt, label in zip(examples.prompts, examples.gold_e, strict=True)
-    ]
-    order = TrainingOrder(row_lengths, seed, batch_size)
+    row_lengths = np.array(
+        [
+            len(prompt) + len(examples.answers[label]) - 1
+            for prompt, label in zip(examples.prompts, examples.gold_e, strict=True)
+        ]
+    )
+    order = TrainingOrder(len(row_lengths), seed, batch_size)
     slots = max(len(answer) for answer in examples.answers)
 
-    def make(step: int) -> Batch:
+    def make(step: int) -> tuple[Batch, ...]:
         numbers = order.rows(step)
-        length = bucket(max(row_lengths[number] for number in numbers), lengths)
+        by_length = numbers[np.argsort(row_lengths[numbers], kind="stable")]
+        return tuple(make_part(part) for part in np.split(by_length, accumulate))
+
+    def make_part(numbers: np.ndarray) -> Batch:
+        length = bucket(int(row_lengths[numbers].max()), lengths)
         local = np.split(numbers, process_count)[process_index]
         rows = [(examples.prompts[number], [examples.answers[examples.gold_e[number]]]) for number in local]
         return _make_batch(rows, len(local), length, slots)

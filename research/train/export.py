@@ -20,6 +20,9 @@ from research.setup import Setup
 from research.tokenizer import Tokenizer
 
 
+_METADATA = ("experiment", "foundation", "task", "step")
+
+
 @dataclass(frozen=True, eq=False)
 class _Leaves(Mapping[str, native.Leaf]):
     """Stored parameters as host arrays of their logical shapes, one at a time."""
@@ -54,10 +57,13 @@ def write_export(
     tokenizer: Tokenizer,
     metadata: Mapping[str, Any],
 ) -> int:
-    """Write stored parameters (`Encoded` or float leaves) and return the size of the weight file in bytes."""
+    """Write stored parameters (`Encoded` or float leaves) and return the size of the weight file in bytes.
+
+    `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
     by_path = {path_of(path): leaf for path, leaf in leaves}
-    native.write(directory, _Leaves(by_path, setup), architecture, tokenizer, metadata)
+    native.write(directory, _Leaves(by_path, setup), architecture, tokenizer, {key: metadata[key] for key in _METADATA})
     return (directory / native.WEIGHTS).stat().st_size
 
 

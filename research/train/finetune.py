@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from research.config_file import from_json, require_resumable, to_json
 from research.environment import peak_host_bytes, versions
 from research.evaluate import Examples, Score, load_examples, make_score, score_examples, score_test
 from research.formats import native
+from research.errors import Stopped, UserError
 from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
@@ -44,6 +45,7 @@ from research.train.state import (
     checkpoint_items,
     checkpoint_metadata,
     encoded_weights,
+    require_same_run,
     restore_state,
     serving_weights,
 )
@@ -68,6 +70,11 @@ class Job:
     def float_bytes(self) -> int:
         """fp32 bytes of the unpadded parameters."""
         return 4 * sum(prod(parameter.padding.logical) for parameter in self.setup.table.values())
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What checkpoints tell of the run, less the step."""
+        return checkpoint_metadata(self.experiment, self.foundation, self.examples.task, self.mesh)
 
     @property
     def forward_name(self) -> str:
@@ -141,9 +148,7 @@ def _open_folder(experiment: Experiment, resume: bool) -> RunFolder:
     if not resume:
         return RunFolder.create(path, to_json(experiment))
     require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
-    folder = RunFolder.resume(path)
-    folder.replace_config(to_json(experiment))
-    return folder
+    return RunFolder.resume(path)
 
 
 def _score_test(job: Job, title: str, setup: Setup, score: Score, weights: Any) -> np.ndarray:
@@ -162,28 +167,29 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     state = _restored(job, folder, tx) if resume else None
     if state is None:
         state = make_state(tx, place_float(job.foundation.read, setup.table, job.mesh), setup.table, job.mesh)
-    step = make_step(setup.settings, setup.graph, tx, experiment.optimizer, experiment.train, job.mesh, state)
+    step = make_step(setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state)
     batches = training_batches(
         job.examples.splits["train"],
         experiment.task.lengths,
         seed=experiment.train.seed,
         steps=experiment.train.steps,
         batch_size=experiment.train.batch_size,
+        accumulate=experiment.train.accumulate,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    metadata = checkpoint_metadata(
-        experiment, job.foundation.architecture, job.foundation.tokenizer, job.mesh, job.foundation.source
-    )
+    folder.replace_config(to_json(experiment))  # not before now: a run that can't go on like this keeps its own
 
-    def tell(line: str) -> None:
-        say(job.console, "Saved", line)
+    def say_as(title: str) -> Callable[[str], None]:
+        return lambda line: say(job.console, title, line)
 
     with (
-        Checkpointer(folder.checkpoints, experiment.checkpoint.keep, report=tell) as checkpointer,
-        folder.metrics(int(state.step), tensorboard=experiment.logging.tensorboard) as log,
+        Checkpointer(folder.checkpoints, experiment.checkpoint.keep, report=say_as("Saved")) as checkpointer,
+        folder.metrics(
+            int(state.step), tensorboard=experiment.logging.tensorboard, report=say_as("Resume")
+        ) as log,
     ):
-        return train(
+        trained = train(
             setup,
             experiment,
             state,
@@ -191,11 +197,15 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
             batches,
             log=log,
             save=lambda state, score: checkpointer.save(
-                int(state.step), checkpoint_items(state), metadata | {"step": int(state.step)}, score=score
+                int(state.step), checkpoint_items(state), job.metadata | {"step": int(state.step)}, score=score
             ),
             validate=_validation(job) if experiment.evaluation.every_steps else None,
             console=job.console,
         )
+    if trained.stopped:  # and saved: else leaving the block would have raised
+        done = f"stopped after step {int(trained.state.step)} of {experiment.train.steps}"
+        raise Stopped(f"{done}; it is saved, and --resume goes on from there")
+    return trained
 
 
 def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
@@ -206,7 +216,11 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     if path is None:
         say(job.console, "Resume", "no whole checkpoint yet: starting from the foundation")
         return None
-    state = restore_state(path, job.setup, tx, read_metadata(path), verified=True)
+    metadata, steps = read_metadata(path), job.experiment.train.steps
+    require_same_run(metadata, job.foundation, job.examples.task)
+    if metadata["step"] > steps:
+        raise UserError(f"--resume with train.steps={steps}: the run has done {metadata['step']} steps; give as many or more")
+    state = restore_state(path, job.setup, tx, metadata, verified=True)
     say(job.console, "Resume", f"from step {int(state.step)}, {path}")
     return state
 
@@ -235,7 +249,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     }
     directory = folder.path / "export"
     shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
-    metadata = {"experiment": to_json(job.experiment), "step": int(state.step), "foundation": job.foundation.source}
+    metadata = job.metadata | {"step": int(state.step)}
     write_export(directory, encoded, job.setup, job.foundation.architecture, job.foundation.tokenizer, metadata)
     say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
     del encoded

@@ -23,10 +23,6 @@ Save = Callable[[TrainState, float | None], None]
 Validate = Callable[[TrainState], float]
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the run was saved and can be resumed."""
-
-
 @dataclass(frozen=True)
 class Trained:
     """What training leaves behind."""
@@ -36,6 +32,8 @@ class Trained:
     """Tokens read by the model (padding not counted) over the time of the steps that compiled nothing; 0 if all did."""
     skipped: int
     """Steps that were left out for a non-finite gradient, by this process."""
+    stopped: bool
+    """Whether SIGTERM or Ctrl-C ended it; the state is being saved then."""
 
 
 def train(
@@ -43,28 +41,28 @@ def train(
     experiment: Experiment,
     state: TrainState,
     step: Step,
-    batches: Sequence[Batch],
+    batches: Sequence[tuple[Batch, ...]],
     *,
     log: MetricsLog,
     save: Save,
     validate: Validate | None,
     console: Console,
 ) -> Trained:
-    """Run the steps that are left; `batches[i]` is the batch of step i.
+    """Run the steps that are left; `batches[i]` are the micro-batches of step i.
 
-    Raises `Stopped` after saving if the process was asked to end, `UserError` after `train.max_nonfinite` non-finite steps
-    in a row (nothing is saved then: the newest checkpoint is from before).
+    Ends early, having called `save`, if the process is asked to end. Raises `UserError` after `train.max_nonfinite`
+    non-finite steps in a row (nothing is saved then: the newest checkpoint is from before).
     """
     first, last = int(state.step), experiment.train.steps
     speed = _Speed()
-    skipped = 0
+    skipped, stopped = 0, False
     with Progress(console, "Training", last, done=first) as progress, stop_requests() as stop_requested:
         for number in range(first, last):
-            batch = batches[number]
+            parts = batches[number]
             started = time.perf_counter()
-            state, metrics = step(state, put_batch(batch, setup.mesh))
+            state, metrics = step(state, [put_batch(part, setup.mesh) for part in parts])
             values = jax.tree.map(float, jax.device_get(metrics))
-            speed.add(batch, time.perf_counter() - started)
+            speed.add(parts, time.perf_counter() - started)
             skipped += _check_finite(values, number + 1, experiment.train.max_nonfinite)
             done = number + 1
             line = _line(values, speed)
@@ -74,12 +72,12 @@ def train(
                 log.append(done, line)
             note = f"{skipped} skipped" if skipped else ""
             progress.update(done, loss=values.loss, tokens_per_second=speed.tokens_per_second or None, note=note)
-            stopping = stop_requested() and done < last
-            if stopping or _due(done, experiment.checkpoint.every_steps, last):
+            stopped = stop_requested()
+            if stopped or _due(done, experiment.checkpoint.every_steps, last):
                 save(state, line.get("validation_loss"))
-            if stopping:
-                raise Stopped(f"stopped after step {done} of {last}; it is saved, and --resume goes on from there")
-    return Trained(state, speed.tokens_per_second, skipped)
+            if stopped:
+                break
+    return Trained(state, speed.tokens_per_second, skipped, stopped)
 
 
 def _due(done: int, every: int, last: int) -> bool:
@@ -111,20 +109,20 @@ def _line(values: StepMetrics, speed: "_Speed") -> dict[str, Any]:
 
 
 class _Speed:
-    """Tokens and seconds of the steps whose batch shape was seen before, that is, of those that compiled nothing."""
+    """Tokens and seconds of the steps whose shapes were all seen before, that is, of those that compiled nothing."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, ...]] = set()
         self._tokens, self._seconds = 0, 0.0
         self.last_tokens, self.last_seconds = 0, 0.0
 
-    def add(self, batch: Batch, seconds: float) -> None:
-        self.last_tokens, self.last_seconds = int((batch.branch_bt >= 0).sum()), seconds
-        shape = np.shape(batch.tokens_bt)
-        if shape in self._seen:
+    def add(self, parts: Sequence[Batch], seconds: float) -> None:
+        self.last_tokens, self.last_seconds = sum(int((part.branch_bt >= 0).sum()) for part in parts), seconds
+        shapes = {np.shape(part.tokens_bt) for part in parts}
+        if shapes <= self._seen:
             self._tokens += self.last_tokens
             self._seconds += seconds
-        self._seen.add(shape)
+        self._seen |= shapes
 
     @property
     def tokens_per_second(self) -> float:

@@ -1,7 +1,8 @@
 """Opening what a run left, a run folder, one checkpoint or an export, for evaluation, generation and export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from research.setup import Setup, make_setup
 from research.tokenizer import Tokenizer
 from research.train.checkpoint import newest_whole, read_metadata, verify
 from research.train.export import place_export
-from research.train.state import WEIGHTS, architecture_of, experiment_of, restore_weights, tokenizer_of
+from research.train.manifest import MANIFEST
+from research.train.state import WEIGHTS, architecture_of, restore_weights, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,21 @@ class Opened:
     """A trained model on disk, verified; `weights(setup)` puts its parameters, `Encoded` or float, on a mesh."""
 
     path: Path
-    experiment: Experiment
+    metadata: Mapping[str, Any]
+    """What it was saved with, see `research.train.state.checkpoint_metadata`."""
     architecture: Architecture
     tokenizer: Tokenizer
-    step: int
-    foundation: str
     weights: Callable[[Setup], Any]
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that made it."""
+        return from_json(self.metadata["experiment"], f"metadata of {self.path}")
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it was trained."""
+        return self.metadata["step"]
 
 
 def open_trained(path: Path, report: Callable[[str], None] = print) -> Opened:
@@ -45,10 +56,10 @@ def open_trained(path: Path, report: Callable[[str], None] = print) -> Opened:
     Raises `UserError` if it is none of these, or damaged.
     """
     if not path.exists():
-        raise UserError(f"--checkpoint {path}: no such directory; give a run (runs/NAME), a checkpoint or an export")
+        raise UserError(f"checkpoint {path}: no such directory; give a run (runs/NAME), a checkpoint or an export")
     if native.is_native(path):
         return _open_export(path)
-    if path.name.isdigit():
+    if _is_step(path):
         verify(path, items=(WEIGHTS,))
         return _open_step(path)
     checkpoints = path if path.name == CHECKPOINTS else path / CHECKPOINTS
@@ -57,40 +68,30 @@ def open_trained(path: Path, report: Callable[[str], None] = print) -> Opened:
         report(line)
     if newest is None:
         why = f"no whole checkpoint in {checkpoints}" if checkpoints.is_dir() else "no run, checkpoint or export is there"
-        raise UserError(f"--checkpoint {path}: {why}; a run saves one when it ends or is stopped")
+        raise UserError(f"checkpoint {path}: {why}; a run saves one when it ends or is stopped")
     return _open_step(newest)
+
+
+def _is_step(path: Path) -> bool:
+    """Whether `path` is one checkpoint, whole or not; a run, too, may have a number for a name."""
+    return (path / MANIFEST).is_file() or (path.name.isdigit() and path.parent.name == CHECKPOINTS)
 
 
 def _open_export(path: Path) -> Opened:
     export = native.read(path)
-    metadata = export.metadata
-    return Opened(
-        path,
-        from_json(metadata["experiment"], str(path)),
-        export.architecture,
-        export.tokenizer,
-        metadata["step"],
-        metadata["foundation"],
-        lambda setup: place_export(export, setup),
-    )
+    weights = partial(place_export, export)
+    return Opened(path, export.metadata, export.architecture, export.tokenizer, weights)
 
 
 def _open_step(path: Path) -> Opened:
     metadata = read_metadata(path)
-    return Opened(
-        path,
-        experiment_of(metadata),
-        architecture_of(metadata),
-        tokenizer_of(metadata),
-        metadata["step"],
-        metadata["foundation"],
-        lambda setup: restore_weights(path, setup, metadata, verified=True),
-    )
+    weights = partial(restore_weights, path, metadata=metadata, verified=True)
+    return Opened(path, metadata, architecture_of(metadata), tokenizer_of(metadata), weights)
 
 
 def open_checkpoint(path: Path) -> ModelSource | None:
     """Open a run or a checkpoint as a foundation, decoded to float32; None if `path` is neither."""
-    if not (path.name.isdigit() or (path / CHECKPOINTS).is_dir()):
+    if not (_is_step(path) or (path / CHECKPOINTS).is_dir()):
         return None
     opened = open_trained(path)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
@@ -108,5 +109,5 @@ def open_checkpoint(path: Path) -> ModelSource | None:
         tokenizer=opened.tokenizer,
         paths=tuple(leaves),
         read=read,
-        description=f"step {opened.step} of {opened.path}, itself from {opened.foundation}",
+        description=f"step {opened.step} of {opened.path}, itself from {opened.metadata['foundation']}",
     )

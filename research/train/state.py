@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.config import Experiment
-from research.config_file import from_json, to_json
+from research.config_file import to_json
 from research.environment import versions
+from research.errors import UserError
+from research.foundation import Foundation
 from research.model.layers import tree_of
 from research.model.parameters import Parameter, parameter_table
 from research.model.placement import Table, abstract, abstract_weights, layout
@@ -22,6 +24,7 @@ from research.padding import Padding
 from research.quant.nodes import Encoded, is_encoded, stored
 from research.quant.optimizer import export, find, project, replace_state
 from research.setup import Setup
+from research.tasks.task import Task
 from research.tokenizer import Tokenizer
 from research.train.checkpoint import load_repadded, read_manifest
 from research.train.step import TrainState, start_state
@@ -50,23 +53,36 @@ def checkpoint_items(state: TrainState) -> dict[str, Any]:
     return {WEIGHTS: encoded_weights(state), OPTIMIZER: {"step": state.step, "state": rest}}
 
 
-def checkpoint_metadata(
-    experiment: Experiment, architecture: Architecture, tokenizer: Tokenizer, mesh: Mesh, foundation: str
-) -> dict[str, Any]:
+def checkpoint_metadata(experiment: Experiment, foundation: Foundation, task: Task, mesh: Mesh) -> dict[str, Any]:
     """Return what a checkpoint tells of itself, so that nothing else is needed to load it."""
     return {
         "experiment": to_json(experiment),
-        "architecture": asdict(architecture),
-        "tokenizer": asdict(tokenizer),
+        "architecture": asdict(foundation.architecture),
+        "tokenizer": asdict(foundation.tokenizer),
         "mesh": dict(mesh.shape),
-        "foundation": foundation,
+        "foundation": foundation.source,
+        "task": question(task) | {"fingerprint": task.fingerprint},
         "versions": versions(),
     }
 
 
-def experiment_of(metadata: Mapping[str, Any]) -> Experiment:
-    """Return the experiment that a checkpoint was saved by."""
-    return from_json(metadata["experiment"], "checkpoint metadata")
+def question(task: Task) -> dict[str, Any]:
+    """Return what a task asks and what can be answered: enough to ask the model without the task's data."""
+    return {"name": task.name, "prompt": task.prompt, "labels": list(task.labels)}
+
+
+def require_same_run(metadata: Mapping[str, Any], foundation: Foundation, task: Task) -> None:
+    """Raise `UserError` if a run would go on with another foundation or other data than it began with.
+
+    The config can't tell: it names them, and what is behind the name may have changed.
+    """
+    if (architecture_of(metadata), tokenizer_of(metadata)) != (foundation.architecture, foundation.tokenizer):
+        raise UserError(f"--resume: foundation {foundation.name} is not the model any more that the run began with")
+    if metadata["task"]["fingerprint"] != task.fingerprint:
+        raise UserError(
+            f"--resume: the data of task {task.name} has changed since the run began; restore it, or start another run"
+            " with --config.run=NAME"
+        )
 
 
 def architecture_of(metadata: Mapping[str, Any]) -> Architecture:

@@ -1,6 +1,7 @@
 """The optimizer of an experiment, its state, and one training step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import OptimizerConfig, TrainConfig
-from research.model.layers import Settings
 from research.model.placement import Table, shardings
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
@@ -92,66 +92,84 @@ def make_state(
     return jax.jit(start, out_shardings=layout, donate_argnums=0)(float_params)
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+class GradientSums(NamedTuple):
+    """What micro-batches add up to.
+
+    Attributes:
+      nll: negative log-probability of the answers, nats, float32 scalar.
+      tokens: number of their tokens, float32 scalar.
+      gradients: of `nll` with respect to the on-grid params, float32, tree like params.
+    """
+
+    nll: jax.Array
+    tokens: jax.Array
+    gradients: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step as compiled programs: one that adds a micro-batch's gradient, one that updates.
+
+    Micro-batches may differ in length: each length compiles the gradient once, the update is compiled once in all.
+    """
+
+    zeros: Callable[[], GradientSums]
+    add: Callable[[TrainState, Batch, GradientSums], GradientSums]
+    update: Callable[[TrainState, GradientSums], tuple[TrainState, StepMetrics]]
+
+    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> tuple[TrainState, StepMetrics]:
+        """Return the next state, for which `state` is donated, and the metrics of the step."""
+        sums = self.zeros()
+        for batch in micro_batches:
+            sums = self.add(state, batch, sums)
+        return self.update(state, sums)
 
 
 def make_step(
-    settings: Settings,
     graph: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    table: Table,
     mesh: Mesh,
     state: TrainState,
 ) -> Step:
-    """Return the jitted step; it donates the state. `state` gives the shardings that every step keeps."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    """Return the jitted step; `state` gives the shardings that every step keeps."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    sums_layout = GradientSums(whole, whole, shardings(state.params, table, mesh))
     schedule = make_schedule(optimizer, train.steps)
-    gradient_layout = shardings(state.params, settings.table, mesh)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        total, count, gradients = _gradients(graph, state, batch, train)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradients)
-        gradients = jax.lax.with_sharding_constraint(gradients, gradient_layout)
+    def zeros() -> GradientSums:
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
+        return GradientSums(jnp.float32(0), jnp.float32(0), gradients)
+
+    def add(state: TrainState, batch: Batch, sums: GradientSums) -> GradientSums:
+        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+            return loss_sums(graph, view(params, state.optimizer), batch, train.loss_chunk)
+
+        (nll, tokens), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        widened = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        return jax.tree.map(jnp.add, sums, GradientSums(nll, tokens, widened))
+
+    def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, StepMetrics]:
+        gradients = jax.tree.map(lambda g: g / sums.tokens, sums.gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it (schedules, Adam's bias correction)
             updates, optimizer_state = tx.update(gradients, state.optimizer, state.params)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         params = apply_updates(state.params, updates, optimizer_state)
         metrics = StepMetrics(
-            loss=total / count,
-            tokens=count,
+            loss=sums.nll / sums.tokens,
+            tokens=sums.tokens,
             grad_norm=optax.tree.norm(gradients),
             learning_rate=learning_rate,
             nonfinite_in_a_row=optimizer_state.notfinite_count,
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, jax.P())))
-
-
-def _gradients(
-    graph: nnx.GraphDef, state: TrainState, batch: Batch, train: TrainConfig
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Return loss sum, token count and the gradient of the sum with respect to the on-grid params."""
-
-    def loss(params: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(graph, view(params, state.optimizer), part, train.loss_chunk)
-
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    if train.accumulate == 1:
-        (total, count), gradients = gradient(state.params, batch)
-        return total, count, gradients
-
-    def add(sums: Any, part: Batch) -> tuple[Any, None]:
-        (total, count), gradients = gradient(state.params, part)
-        widened = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        return jax.tree.map(jnp.add, sums, (total, count, widened)), None
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-    sums, _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0), zeros), _micro_batches(batch, train.accumulate))
-    return sums
-
-
-def _micro_batches(batch: Batch, parts: int) -> Batch:
-    """Return the batch with a leading axis of `parts`; each device keeps its rows, so nothing moves."""
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    state_shapes = jax.eval_shape(lambda: state.params)
+    return Step(
+        jax.jit(zeros, out_shardings=sums_layout),
+        jax.jit(add, donate_argnums=2, out_shardings=sums_layout),
+        jax.jit(update, donate_argnums=0, out_shardings=(state_layout, whole)),
+    )

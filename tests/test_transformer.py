@@ -1,0 +1,231 @@
+"""The decoder: transformers' logits on any mesh, neutral padding, causality, one forward for training and serving."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+import tiny_models as tiny
+from research.architecture import Architecture
+from research.axes import AxisRules
+from research.config import Rule
+from research.model.layers import visible
+from research.model.transformer import causal
+
+FIXTURES = sorted(path.parent.name for path in tiny.FIXTURES.glob("*/config.json"))
+ROWS, LENGTH = 4, 6
+
+
+def _tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, tiny.GQA_9_3.vocabulary, (ROWS, LENGTH)).astype(np.int32)
+
+
+def _put(tokens_bt: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    return jnp.asarray(tokens_bt) if mesh is None else jax.device_put(tokens_bt, _rows(mesh))
+
+
+def _rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, AxisRules().activation("bt"))
+
+
+def _logits(model: tiny.Tiny, tokens_bt: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+    """Logits [b, t, v] of the logical vocabulary, from codes and scales where the weights are quantized."""
+    with tiny.on(mesh):
+        forward = jax.jit(lambda weights, tokens_bt: causal(model.model(weights), tokens_bt))
+        return _logical(model, forward(model.served, _put(tokens_bt, mesh)))
+
+
+def _logical(model: tiny.Tiny, logits_btv: jax.Array) -> np.ndarray:
+    return np.asarray(logits_btv)[..., : model.settings.architecture.vocabulary]
+
+
+def _train(model: tiny.Tiny, mesh: Mesh | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    """Logits and gradients as a training step computes them: with respect to the on-grid weights."""
+    vocabulary = model.settings.architecture.vocabulary
+    upstream_v = jnp.asarray(np.random.default_rng(2).normal(size=vocabulary), jnp.float32)
+    upstream_v = jnp.pad(upstream_v, (0, model.settings.table["embed/table_vd"].shape[0] - vocabulary))
+
+    def loss(params: dict[str, Any], tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_btv = causal(model.model(model.view(params)), tokens_bt)
+        return (jnp.tanh(logits_btv) * upstream_v[None, None]).sum(), logits_btv
+
+    with tiny.on(mesh):
+        gradients, logits_btv = jax.jit(jax.grad(loss, has_aux=True))(model.params, _put(_tokens(), mesh))
+        return _logical(model, logits_btv), gradients
+
+
+@lru_cache
+def _single(architecture: Architecture, rules: tuple[Rule, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What others are compared with: logits and gradients of the unpadded model on one device."""
+    model = tiny.make(architecture, rules)
+    logits_btv, gradients = _train(model)
+    return logits_btv, model.unpad(gradients)
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def _worst(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert set(found) == set(expected)
+    return max(_relative(found[path], expected[path]) for path in expected)
+
+
+# float32 sums of some dozen terms in another order, through two or three layers: a few times 2⁻²³
+PARITY = 5e-6
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_logits_are_those_of_transformers(name: str) -> None:
+    expected = np.load(tiny.FIXTURES / name / "expected.npz")
+    logits_btv = _logits(tiny.make(name), expected["tokens_bt"].astype(np.int32))
+    print(_relative(logits_btv, expected["logits_btv"]))
+    assert _relative(logits_btv, expected["logits_btv"]) < PARITY
+
+
+SHARDED = [
+    ("gqa_9_3", AxisType.Auto, {"tensor": 4}),  # a group of heads is added
+    ("llama3_rope", AxisType.Auto, {"tensor": 2}),  # one kv head for two devices
+    ("llama3_rope", AxisType.Explicit, {"tensor": 4}),  # … and for four
+    ("untied_v4", AxisType.Explicit, {"fsdp": 2, "tensor": 2}),  # 113 words in two halves
+    ("gqa_9_3", AxisType.Explicit, {"data": 2, "tensor": 4}),
+]
+
+
+@pytest.mark.parametrize("name, axis_type, sizes", SHARDED, ids=str)
+def test_logits_are_those_of_transformers_on_a_mesh(
+    name: str, axis_type: AxisType, sizes: dict[str, int], mesh_of: Callable[..., Mesh]
+) -> None:
+    """Explicit axes check the sharding of every operation as a type."""
+    expected, mesh = np.load(tiny.FIXTURES / name / "expected.npz"), mesh_of(axis_type, **sizes)
+    logits_btv = _logits(tiny.make(name, mesh=mesh), expected["tokens_bt"].astype(np.int32), mesh)
+    print(_relative(logits_btv, expected["logits_btv"]))
+    assert _relative(logits_btv, expected["logits_btv"]) < PARITY
+
+
+@pytest.mark.parametrize("rules", [tiny.FLOAT, tiny.W8A8], ids=["float", "w8a8"])
+@pytest.mark.parametrize("architecture", [tiny.GQA_9_3, tiny.GQA_10_2], ids=["9/3", "10/2"])
+def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...]) -> None:
+    """Laid out for four ways on one device: one more group of heads, or shared kv heads and a query more in a group."""
+    padded = tiny.make(architecture, rules, padded_for=4)
+    assert padded.settings.heads.copies == (1 if architecture is tiny.GQA_9_3 else 2)
+    logits_btv, gradients = _train(padded)
+    expected_btv, expected_gradients = _single(architecture, rules)
+    print(_relative(logits_btv, expected_btv), _worst(padded.unpad(gradients), expected_gradients))
+    assert np.abs(logits_btv - expected_btv).max() < 1e-6
+    for path, parameter in padded.settings.table.items():
+        outside = np.asarray(tiny.leaf(gradients, path))[~parameter.padding.mask()]
+        assert not outside.any(), path
+    assert _worst(padded.unpad(gradients), expected_gradients) < PARITY
+
+
+def test_gradients_on_explicit_axes_keep_the_sharding_of_their_parameter(mesh_of: Callable[..., Mesh]) -> None:
+    mesh = mesh_of(AxisType.Explicit, fsdp=2, tensor=4)
+    model = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh)
+    logits_btv, gradients = _train(model, mesh)
+    expected_btv, expected_gradients = _single(tiny.GQA_10_2, tiny.W8A8)
+    for path, parameter in model.settings.table.items():
+        assert jax.typeof(tiny.leaf(gradients, path)).sharding.spec == parameter.spec, path
+    print(_relative(logits_btv, expected_btv), _worst(model.unpad(gradients), expected_gradients))
+    assert _relative(logits_btv, expected_btv) < PARITY
+    assert _worst(model.unpad(gradients), expected_gradients) < PARITY
+
+
+@lru_cache
+def _influence() -> Callable[..., np.ndarray]:
+    """Return a function of tokens, positions and branches [1, t]: |d logits[t] / d embedding of token s|, [t, s].
+
+    Each position has a token of its own, and the head a table of its own, so a row of the embedding is one position.
+    """
+    model = tiny.make(replace(tiny.GQA_9_3, tied_head=False))
+
+    def logits(table_vd: jax.Array, tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array) -> jax.Array:
+        called = model.model({**model.weights, "embed": {"table_vd": table_vd}})
+        hidden_btd, _ = called(tokens_bt, position_bt, visible(branch_bt, branch_bt))
+        return jnp.tanh(called.logits(hidden_btd)).sum(axis=(0, 2))
+
+    jacobian = jax.jit(jax.jacrev(logits))
+
+    def influence(tokens_bt: np.ndarray, position_bt: np.ndarray, branch_bt: np.ndarray) -> np.ndarray:
+        found_tvd = jacobian(model.weights["embed"]["table_vd"], tokens_bt, position_bt, branch_bt)
+        return np.abs(np.asarray(found_tvd)).sum(axis=2)[:, tokens_bt[0]]
+
+    return influence
+
+
+def _text(branches: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct tokens, positions that start again in each branch after the prompt's, and the branches, each [1, t]."""
+    prompt = branches.count(0)
+    position = [i if b <= 0 else prompt + branches[:i].count(b) for i, b in enumerate(branches)]
+    rows = np.arange(3, 3 + len(branches)), position, branches
+    return tuple(np.asarray(row, np.int32)[None] for row in rows)  # pyright: ignore[reportReturnType]
+
+
+def test_a_token_sees_itself_and_what_stands_before_it() -> None:
+    influence_ts = _influence()(*_text([0] * 10))
+    np.testing.assert_array_equal(influence_ts != 0, np.tri(10, dtype=bool))
+
+
+def test_branches_see_the_prompt_and_themselves() -> None:
+    branches = [0, 0, 0, 1, 1, 2, 2, 2, -1, -1]
+    influence_ts = _influence()(*_text(branches))
+    for t, branch in enumerate(branches):
+        for s, other in enumerate(branches):
+            sees = s <= t and other in (0, branch) and other != -1
+            assert (influence_ts[t, s] != 0) == (sees or s == t), (t, s)  # the residual stream is a token's own
+
+
+def test_a_branch_has_the_logits_that_it_has_alone() -> None:
+    """What one forward that scores all labels stands on: prompt + second branch as a text of its own."""
+    model = tiny.make(tiny.GQA_9_3)
+    tokens_bt, position_bt, branch_bt = _text([0, 0, 0, 1, 1, 2, 2, 2, -1, -1])
+
+    @jax.jit
+    def logits(tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array) -> jax.Array:
+        called = model.model(model.weights)
+        return called.logits(called(tokens_bt, position_bt, visible(branch_bt, branch_bt))[0])
+
+    kept = [0, 1, 2, 5, 6, 7]
+    alone = logits(tokens_bt[:, kept], np.arange(6, dtype=np.int32)[None], np.zeros((1, 6), np.int32))
+    together = logits(tokens_bt, position_bt, branch_bt)[:, np.array(kept)]
+    print(_relative(together, alone))
+    assert _relative(together, alone) < PARITY
+
+
+OPTIONS = [{"rematerialize": "full"}, {"rematerialize": "dots"}, {"unroll": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rematerialization_and_unrolling_change_nothing(options: dict[str, Any]) -> None:
+    model = tiny.make(tiny.GQA_9_3, tiny.W8A8, **options)
+    logits_btv, gradients = _train(model)
+    expected_btv, expected_gradients = _single(tiny.GQA_9_3, tiny.W8A8)
+    print(_worst(model.unpad(gradients), expected_gradients))
+    np.testing.assert_array_equal(logits_btv, expected_btv)
+    assert _worst(model.unpad(gradients), expected_gradients) < PARITY
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 4}], ids=["1", "tensor 4"])
+def test_training_and_serving_compute_the_same_bits(sizes: dict[str, int], mesh_of: Callable[..., Mesh]) -> None:
+    """The forward inside a gradient, from values on the grid, and a forward from codes and scales: two programs."""
+    mesh = mesh_of(**sizes)
+    model = tiny.make(tiny.GQA_9_3, tiny.W8A8, mesh, rematerialize="full")
+    trained_btv, _ = _train(model, mesh)
+    served_btv = _logits(model, _tokens(), mesh)
+    np.testing.assert_array_equal(trained_btv, served_btv)
+
+
+def test_bfloat16_follows_float32() -> None:
+    model = tiny.make(tiny.GQA_9_3, tiny.W8A8, compute_dtype="bfloat16")
+    logits_btv, gradients = _train(model)
+    expected_btv, expected_gradients = _single(tiny.GQA_9_3, tiny.W8A8)
+    print(_relative(logits_btv, expected_btv), _worst(model.unpad(gradients), expected_gradients))
+    assert logits_btv.dtype == np.float32
+    assert 0 < _relative(logits_btv, expected_btv) < 0.03
+    assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
