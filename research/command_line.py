@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def make_parser(description: str, example: str, *, overrides: bool = True) -> argparse.ArgumentParser:
+def make_parser(description: str | None, example: str, *, overrides: bool = True) -> argparse.ArgumentParser:
     """Return the parser of a script, for the script to add its own flags to.
 
     `example`: a whole command, shown by --help. `overrides`: whether the script takes `--config.<field>=value`.

@@ -1,4 +1,4 @@
-"""The exceptions that a script ends with in one line: a mistake that the user can mend, and a stop that was asked for."""
+"""The exceptions that a script ends with in one line: a user's mistake, and a stop that was asked for."""
 
 import signal
 import sys

@@ -48,7 +48,11 @@ def load_examples(
     encoded = {split: encode_examples(encoder, getattr(task, split)) for split in splits}
     for split, examples in encoded.items():
         if examples.cut:
-            say(console, "Cut", f"{examples.cut} of {len(examples.prompts)} {split} texts, to fit {config.lengths[-1]} tokens")
+            say(
+                console,
+                "Cut",
+                f"{examples.cut} of {len(examples.prompts)} {split} texts, to fit {config.lengths[-1]} tokens",
+            )
     return Examples(task, config, encoded)
 
 
@@ -128,7 +132,6 @@ def score_text(
     return TextScore(total / count, count, min(window, len(tokens)))
 
 
-
 def evaluate_task(served: Served, experiment: Experiment, console: Console) -> dict[str, Any]:
     """Score a model on the test split of its task, print the table, return loss, tokens, mesh and metrics."""
     evaluation = experiment.evaluation
@@ -138,9 +141,7 @@ def evaluate_task(served: Served, experiment: Experiment, console: Console) -> d
 
     examples = load_examples(experiment.task, served.tokenizer, console, ("test",), report)
     score = make_score(served.setup)
-    logp_ey = score_test(
-        "Scoring", served.setup, score, served.weights, examples, evaluation.batch_size, console
-    )
+    logp_ey = score_test("Scoring", served.setup, score, served.weights, examples, evaluation.batch_size, console)
     test = examples.splits["test"]
     scores = score_labels(logp_ey, test.gold_e, test.answer_tokens_y, evaluation.bootstrap_samples)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(served.weights))

@@ -1,7 +1,7 @@
 """Padding of an array to sizes that divide over a mesh, and the way back to its logical shape.
 
-An axis may be a product of factors: the query heads `n` are (kv group, query in the group), and padding a group or adding
-a query to each group both insert zeros *between* heads. So the padding of an axis is a pair of factorisations,
+An axis may be a product of factors: the query heads `n` are (kv group, query in the group), and padding a group or
+adding a query to each group both insert zeros *between* heads. So the padding of an axis is a pair of factorisations,
 `logical` and `padded`, of equal length: zeros are appended to each factor.
 """
 

@@ -1,4 +1,4 @@
-"""An experiment on a mesh: model structure, number formats and layout, put together once for training and evaluation."""
+"""An experiment on a mesh: model structure, number formats and layout, put together for training and evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def require_batch_fits(experiment: Experiment, mesh: Mesh) -> None:
     if rows % ways:
         valid = ", ".join(str(ways * train.accumulate * factor) for factor in (1, 2, 4, 8))
         raise UserError(
-            f"train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives {rows} rows, which don't"
-            f" divide over data×fsdp={ways}; valid sizes of train.batch_size: {valid}, …"
+            f"train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives {rows} rows, which"
+            f" don't divide over data×fsdp={ways}; valid sizes of train.batch_size: {valid}, …"
         )
 
 

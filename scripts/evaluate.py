@@ -8,13 +8,13 @@ import jax
 
 from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
-from research.config_file import apply_overrides, load_experiment
+from research.config_file import load_experiment
 from research.errors import UserError, run_script
 from research.evaluate import evaluate_task, evaluate_text
 from research.mesh import describe, make_mesh, prepare_devices
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_trained
-from research.train.serve import serve_foundation, serve_trained, with_overrides
+from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serve_foundation, serve_trained, with_overrides
 
 EXAMPLE = "python scripts/evaluate.py --checkpoint runs/int8_tp4 --config.mesh.tensor=2"
 
@@ -26,16 +26,22 @@ def main() -> None:
     model.add_argument("--checkpoint", type=Path, metavar="PATH", help="a run, one of its checkpoints, or an export")
     model.add_argument("--foundation", metavar="NAME", help="a registered name, directory, GGUF file or hf://org/name")
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--config", type=Path, metavar="FILE", help="with --foundation: score the task of this experiment")
+    data.add_argument(
+        "--config", type=Path, metavar="FILE", help="with --foundation: score the task of this experiment"
+    )
     data.add_argument("--text", type=Path, metavar="FILE", help="score a text: loss in nats per token, perplexity")
-    parser.add_argument("--window", type=int, default=0, metavar="N", help="--text: tokens of context (default: all)")
+    parser.add_argument("--window", type=int, metavar="N", help="with --text: tokens of context (default: all)")
     print_result_line(evaluate(parse_arguments(parser)))
 
 
 def evaluate(flags: Namespace) -> dict[str, Any]:
     """Return the result of what the flags ask for."""
     console = make_console()
-    opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line)) if flags.checkpoint else None
+    opened = (
+        open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
+        if flags.checkpoint
+        else None
+    )
     experiment = _experiment(flags, opened.experiment if opened else None)
     prepare_devices(experiment.mesh)
     mesh = make_mesh(experiment.mesh)
@@ -47,20 +53,24 @@ def evaluate(flags: Namespace) -> dict[str, Any]:
             served = serve_foundation(flags.foundation, experiment, mesh, lambda line: say(console, "Data", line))
         say(console, "Model", served.name)
         if flags.text:
-            return evaluate_text(served, flags.text, flags.window, console)
+            return evaluate_text(served, flags.text, flags.window or 0, console)
         return evaluate_task(served, experiment, console)
 
 
 def _experiment(flags: Namespace, trained: Experiment | None) -> Experiment:
+    if flags.window is not None and not flags.text:
+        raise UserError("--window goes with --text; the windows of a task are the config's task.lengths")
     if trained is not None:
         if flags.config:
-            raise UserError("--config goes with --foundation; a checkpoint has its own, change single fields: --config.mesh.tensor=2")
-        return with_overrides(trained, flags.overrides)
+            raise UserError(
+                "--config goes with --foundation; a checkpoint has its own: change a field, as in --config.mesh.tensor=2"
+            )
+        return with_overrides(trained, flags.overrides, TO_EVALUATE)
     if flags.config:
         return load_experiment(flags.config, flags.overrides)
     if not flags.text:
         raise UserError("--foundation: give what to score, --config FILE (its task) or --text FILE")
-    return apply_overrides(Experiment(), flags.overrides)
+    return with_overrides(Experiment(), flags.overrides, (*TO_EVALUATE, *OF_FOUNDATION))
 
 
 if __name__ == "__main__":

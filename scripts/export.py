@@ -18,8 +18,12 @@ from research.units import format_bytes
 
 def main() -> None:
     """Parse the command line and write the export."""
-    parser = make_parser(__doc__, "python scripts/export.py --checkpoint runs/int8_tp4 --format safetensors", overrides=False)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="a run or one of its checkpoints")
+    parser = make_parser(
+        __doc__, "python scripts/export.py --checkpoint runs/int8_tp4 --format safetensors", overrides=False
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="PATH", help="a run or one of its checkpoints"
+    )
     parser.add_argument("--format", required=True, choices=["safetensors"], help="int8 codes and fp16 scales")
     parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="default: export-step-N in the run's folder")
     flags = parse_arguments(parser)

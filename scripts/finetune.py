@@ -17,7 +17,9 @@ from research.train.finetune import dry_run, finetune  # noqa: E402
 def main() -> None:
     """Parse the command line and run the job."""
     parser = make_parser(__doc__, "python scripts/finetune.py --config configs/int8_tp4.py --config.mesh.tensor=2")
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="experiment, e.g. configs/int8_tp4.py")
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="FILE", help="experiment, e.g. configs/int8_tp4.py"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="show coverage, mesh, padding and memory; train nothing")
     flags = parse_arguments(parser)
@@ -28,9 +30,7 @@ def main() -> None:
         dry_run(experiment, console)
         return
     overrides = [f"--config.{name}={value}" for name, value in flags.overrides.items()]
-    finetune(
-        experiment, flags.config, resume=flags.resume, overrides=overrides, console=console, started=STARTED
-    )
+    finetune(experiment, flags.config, resume=flags.resume, overrides=overrides, console=console, started=STARTED)
 
 
 if __name__ == "__main__":

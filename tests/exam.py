@@ -68,7 +68,8 @@ def make_params(forms: tuple[Form, ...] = FORMS, dtype: str = "float32") -> PyTr
     """Return float parameters of the model, {form: {leaf: array}}; the same values in every branch."""
     rng = np.random.default_rng(7)
     branch = {name: rng.normal(0, 0.2, shape) for name, (_, _, shape) in LEAVES.items()}
-    branch["matrix_do"][:, [STILL, LATE]] = 0
+    branch["matrix_do"][:, LATE] = 0
+    branch["matrix_do"][:, STILL] = -0.0  # weight decay keeps the sign
     branch["table_vd"][3] = 0
     branch |= {"bias_o": rng.normal(0, 0.1, 7), "gain": np.float64(1.25)}
     return {form.name: {name: jnp.asarray(value, dtype) for name, value in branch.items()} for form in forms}

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import grain
 import numpy as np
@@ -9,7 +11,6 @@ import pytest
 
 from research.errors import UserError
 from research.tasks.batches import (
-    WINDOW_BATCHES,
     Batch,
     bucket,
     gather_examples,
@@ -78,6 +79,11 @@ def assert_equal_batches(one: Batch, other: Batch) -> None:
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+def whole_batches(*arguments: Any, **settings: Any) -> grain.MapDataset[Batch]:
+    """Return the training batches of steps that are not split into micro-batches."""
+    return training_batches(*arguments, **settings).map(lambda parts: parts[0])
+
+
 # --- layout ---
 
 
@@ -92,7 +98,7 @@ def test_every_label_is_scored_as_if_it_stood_alone_behind_the_prompt() -> None:
 
 def test_a_training_row_holds_the_true_label_and_nothing_else() -> None:
     examples = make_examples(9)
-    dataset = training_batches(examples, LENGTHS, seed=0, steps=3, batch_size=3)
+    dataset = whole_batches(examples, LENGTHS, seed=0, steps=3, batch_size=3)
     for batch in dataset:
         for row, number in enumerate(used_numbers(batch)):
             answer = ANSWERS[examples.gold_e[number]]
@@ -103,7 +109,7 @@ def test_a_training_row_holds_the_true_label_and_nothing_else() -> None:
 
 def test_arrays_are_int32_and_their_sizes_are_few() -> None:
     examples = make_examples(100)
-    training = list(training_batches(examples, LENGTHS, seed=0, steps=40, batch_size=4))
+    training = list(whole_batches(examples, LENGTHS, seed=0, steps=40, batch_size=4))
     scoring = [scored.batch for scored in scoring_batches(examples, LENGTHS, batch_size=8)]
     for batches, size, slots in ((training, 4, 4), (scoring, 8, 2 + 3 + 4)):
         assert {array.dtype for batch in batches for array in batch} == {np.dtype(np.int32)}
@@ -132,8 +138,7 @@ def test_unused_places_are_zero_and_no_query_is_without_a_key() -> None:
 def test_every_epoch_uses_each_example_once_in_another_order() -> None:
     examples = make_examples(4 * 150)
     per_epoch = 150
-    dataset = training_batches(examples, LENGTHS, seed=3, steps=2 * per_epoch, batch_size=4)
-    assert per_epoch > 2 * WINDOW_BATCHES, "the case of several windows is missing"
+    dataset = whole_batches(examples, LENGTHS, seed=3, steps=2 * per_epoch, batch_size=4)
     epochs = [[used_numbers(dataset[step]) for step in range(start, start + per_epoch)] for start in (0, per_epoch)]
     for epoch in epochs:
         assert sorted(number for batch in epoch for number in batch) == list(range(600))
@@ -143,7 +148,7 @@ def test_every_epoch_uses_each_example_once_in_another_order() -> None:
 
 def test_an_epoch_leaves_out_what_fills_no_batch_and_never_the_same() -> None:
     examples = make_examples(11)
-    dataset = training_batches(examples, LENGTHS, seed=0, steps=20, batch_size=4)
+    dataset = whole_batches(examples, LENGTHS, seed=0, steps=20, batch_size=4)
     left_out = []
     for epoch in range(10):
         numbers = used_numbers(dataset[2 * epoch]) + used_numbers(dataset[2 * epoch + 1])
@@ -154,15 +159,15 @@ def test_an_epoch_leaves_out_what_fills_no_batch_and_never_the_same() -> None:
 
 def test_a_step_does_not_depend_on_what_was_read_before_nor_on_the_number_of_steps() -> None:
     examples = make_examples(300)
-    forward = list(training_batches(examples, LENGTHS, seed=5, steps=200, batch_size=4))
-    fresh = training_batches(examples, LENGTHS, seed=5, steps=500, batch_size=4)
+    forward = list(whole_batches(examples, LENGTHS, seed=5, steps=200, batch_size=4))
+    fresh = whole_batches(examples, LENGTHS, seed=5, steps=500, batch_size=4)
     for step in (199, 0, 74, 75, 76, 150):
         assert_equal_batches(fresh[step], forward[step])
 
 
 def test_a_slice_continues_where_it_begins_also_in_background_threads() -> None:
     examples = make_examples(60)
-    dataset = training_batches(examples, LENGTHS, seed=5, steps=40, batch_size=4)
+    dataset = whole_batches(examples, LENGTHS, seed=5, steps=40, batch_size=4)
     options = grain.ReadOptions(num_threads=3, prefetch_buffer_size=8)
     later = list(dataset[13:].to_iter_dataset(options))
     assert len(later) == 27
@@ -173,7 +178,7 @@ def test_a_slice_continues_where_it_begins_also_in_background_threads() -> None:
 def test_the_seed_decides_the_order() -> None:
     examples = make_examples(60)
     orders = [
-        [used_numbers(batch) for batch in training_batches(examples, LENGTHS, seed=seed, steps=15, batch_size=4)]
+        [used_numbers(batch) for batch in whole_batches(examples, LENGTHS, seed=seed, steps=15, batch_size=4)]
         for seed in (0, 0, 1, 2**32 - 1)
     ]
     assert orders[0] == orders[1]
@@ -186,9 +191,9 @@ def test_the_seed_decides_the_order() -> None:
 def test_processes_share_the_rows_of_one_batch(processes: int) -> None:
     examples = make_examples(100)
     settings = {"seed": 4, "steps": 30, "batch_size": 6}
-    whole = training_batches(examples, LENGTHS, **settings)
+    whole = whole_batches(examples, LENGTHS, **settings)
     parts = [
-        training_batches(examples, LENGTHS, process_index=index, process_count=processes, **settings)
+        whole_batches(examples, LENGTHS, process_index=index, process_count=processes, **settings)
         for index in range(processes)
     ]
     for step in range(30):
@@ -200,21 +205,43 @@ def test_batches_that_do_not_fit_are_the_users_mistake() -> None:
     examples = make_examples(7)
     with pytest.raises(UserError, match="train.batch_size=8 is larger than the training split of 7 examples"):
         training_batches(examples, LENGTHS, seed=0, steps=1, batch_size=8)
-    with pytest.raises(UserError, match="train.batch_size=4 does not divide over 3 processes"):
-        training_batches(examples, LENGTHS, seed=0, steps=1, batch_size=4, process_count=3)
+    with pytest.raises(UserError, match="batch_size=4 does not divide into train.accumulate=2 .* multiple of 6"):
+        training_batches(examples, LENGTHS, seed=0, steps=1, batch_size=4, accumulate=2, process_count=3)
 
 
-def test_similar_lengths_share_a_batch_and_batches_come_in_mixed_order() -> None:
-    examples = make_examples(800)
-    batches = list(training_batches(examples, LENGTHS, seed=0, steps=100, batch_size=8))
-    # The least that the buckets allow, were every row padded to the bucket of its own.
-    sizes = [
-        len(prompt) + len(ANSWERS[gold]) - 1 for prompt, gold in zip(examples.prompts, examples.gold_e, strict=True)
+def test_micro_batches_are_the_rows_of_the_step_by_length() -> None:
+    examples = make_examples(300)
+    whole = whole_batches(examples, LENGTHS, seed=2, steps=30, batch_size=12)
+    split = training_batches(examples, LENGTHS, seed=2, steps=30, batch_size=12, accumulate=3)
+    for step in range(30):
+        parts = split[step]
+        assert [len(part.tokens_bt) for part in parts] == [4, 4, 4]
+        assert [n for part in parts for n in used_numbers(part)] == used_numbers(whole[step])
+        sizes = [int(size) for part in parts for size in (part.branch_bt >= 0).sum(1)]
+        assert sizes == sorted(sizes)
+        for part in parts:
+            assert part.tokens_bt.shape[1] == bucket(int((part.branch_bt >= 0).sum(1).max()), LENGTHS)
+
+
+def test_micro_batches_save_padding() -> None:
+    examples = make_examples(300)
+    shares = [
+        padding_share(part for parts in dataset for part in parts)
+        for dataset in (
+            training_batches(examples, LENGTHS, seed=2, steps=30, batch_size=12, accumulate=parts)
+            for parts in (1, 3, 12)
+        )
     ]
-    least = 1 - sum(sizes) / sum(bucket(size, LENGTHS) for size in sizes)
-    assert least < padding_share(batches) < least + 0.05
-    lengths = [batch.tokens_bt.shape[1] for batch in batches]
-    assert 30 < sum(a != b for a, b in zip(lengths, lengths[1:], strict=False))
+    assert shares[0] > shares[1] > shares[2]
+
+
+def test_a_step_is_a_fair_sample_where_label_and_length_go_together() -> None:
+    """Sorting by length across steps would give most steps one label only."""
+    prompts = tuple(np.full(3 + 9 * (number % 2), 1000 + number, np.int32) for number in range(400))
+    examples = replace(make_examples(400), prompts=prompts, gold_e=np.arange(400, dtype=np.int32) % 2)
+    steps = training_batches(examples, LENGTHS, seed=0, steps=40, batch_size=8, accumulate=4)
+    mixed = [len({number % 2 for part in parts for number in used_numbers(part)}) == 2 for parts in steps]
+    assert sum(mixed) >= 38  # a fair coin gives eight equal rows once in 128
 
 
 # --- scoring order ---

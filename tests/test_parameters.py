@@ -7,10 +7,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import tiny_models as tiny
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-import tiny_models as tiny
 from research.architecture import Architecture
 from research.axes import AxisRules
 from research.errors import UserError

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
 from llama_cpp import LlamaCpp
+
 from research.config import MeshConfig, TrainConfig
 from research.evaluate import make_score, score_text
 from research.formats import gguf

@@ -1,6 +1,7 @@
-"""A training step gives the same numbers on every mesh, leaves every leaf where it was declared, and ignores padding."""
+"""A training step gives the same numbers on every mesh, leaves each leaf where it was declared, ignores padding."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import tiny_training as tiny
+
 from research.axes import PARAM
 from research.config import OptimizerConfig, TrainConfig
 from research.model.parameters import TABLE
@@ -36,7 +37,7 @@ def single() -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def w8a8_bounds() -> np.ndarray:
-    """Three times what one ulp in the norms' scales changes in the relative loss on one device, by step (0001-numerics).
+    """Three times what one ulp in the norms' scales changes in the relative loss on one device, by step.
 
     An ulp flips the code of an activation now and then, and the runs part: the bound grows with the steps. Where the
     nudge happens to flip nothing, float32 noise is allowed for, 1e-5.
@@ -85,7 +86,8 @@ def _check_layout(run: tiny.Run) -> None:
             assert leaf.sharding.is_fully_replicated, key
             continue
         seen.add((path, key.split(path)[0]))
-        wanted = [PARAM.get(letter) if size > 1 else None for letter, size in zip(TABLE[path][0], leaf.shape, strict=True)]
+        letters = zip(TABLE[path][0], leaf.shape, strict=True)
+        wanted = [PARAM.get(letter) if size > 1 else None for letter, size in letters]
         wanted = [axis if axis and run.mesh.shape[axis] > 1 else None for axis in wanted]
         found = [axis if axis and run.mesh.shape[axis] > 1 else None for axis in (*leaf.sharding.spec, *[None] * 9)]
         assert found[: leaf.ndim] == wanted, f"{key}: {leaf.sharding.spec}"
@@ -99,7 +101,7 @@ def test_gradients_arrive_in_the_layout_of_their_parameters() -> None:
 
     def record(gradients: Any, params: Any = None) -> Any:
         for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-            jax.debug.inspect_array_sharding(leaf, callback=lambda s, key=path_of(key_path): found.update({key: s}))
+            jax.debug.inspect_array_sharding(leaf, callback=partial(found.__setitem__, path_of(key_path)))
         return gradients
 
     spied = optax.GradientTransformationExtraArgs(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-import tiny_models as tiny
 from research.architecture import Architecture
 from research.axes import AxisRules
 from research.config import Rule
@@ -85,7 +85,6 @@ PARITY = 5e-6
 def test_logits_are_those_of_transformers(name: str) -> None:
     expected = np.load(tiny.FIXTURES / name / "expected.npz")
     logits_btv = _logits(tiny.make(name), expected["tokens_bt"].astype(np.int32))
-    print(_relative(logits_btv, expected["logits_btv"]))
     assert _relative(logits_btv, expected["logits_btv"]) < PARITY
 
 
@@ -94,7 +93,6 @@ SHARDED = [
     ("llama3_rope", AxisType.Auto, {"tensor": 2}),  # one kv head for two devices
     ("llama3_rope", AxisType.Explicit, {"tensor": 4}),  # … and for four
     ("untied_v4", AxisType.Explicit, {"fsdp": 2, "tensor": 2}),  # 113 words in two halves
-    ("gqa_9_3", AxisType.Explicit, {"data": 2, "tensor": 4}),
 ]
 
 
@@ -105,19 +103,19 @@ def test_logits_are_those_of_transformers_on_a_mesh(
     """Explicit axes check the sharding of every operation as a type."""
     expected, mesh = np.load(tiny.FIXTURES / name / "expected.npz"), mesh_of(axis_type, **sizes)
     logits_btv = _logits(tiny.make(name, mesh=mesh), expected["tokens_bt"].astype(np.int32), mesh)
-    print(_relative(logits_btv, expected["logits_btv"]))
     assert _relative(logits_btv, expected["logits_btv"]) < PARITY
 
 
-@pytest.mark.parametrize("rules", [tiny.FLOAT, tiny.W8A8], ids=["float", "w8a8"])
-@pytest.mark.parametrize("architecture", [tiny.GQA_9_3, tiny.GQA_10_2], ids=["9/3", "10/2"])
-def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...]) -> None:
+PADDED = [(tiny.GQA_9_3, tiny.FLOAT, 1), (tiny.GQA_10_2, tiny.W8A8, 2)]
+
+
+@pytest.mark.parametrize("architecture, rules, copies", PADDED, ids=["9/3 float", "10/2 w8a8"])
+def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...], copies: int) -> None:
     """Laid out for four ways on one device: one more group of heads, or shared kv heads and a query more in a group."""
     padded = tiny.make(architecture, rules, padded_for=4)
-    assert padded.settings.heads.copies == (1 if architecture is tiny.GQA_9_3 else 2)
+    assert padded.settings.heads.copies == copies and padded.settings.heads.overhead > 0
     logits_btv, gradients = _train(padded)
     expected_btv, expected_gradients = _single(architecture, rules)
-    print(_relative(logits_btv, expected_btv), _worst(padded.unpad(gradients), expected_gradients))
     assert np.abs(logits_btv - expected_btv).max() < 1e-6
     for path, parameter in padded.settings.table.items():
         outside = np.asarray(tiny.leaf(gradients, path))[~parameter.padding.mask()]
@@ -132,7 +130,6 @@ def test_gradients_on_explicit_axes_keep_the_sharding_of_their_parameter(mesh_of
     expected_btv, expected_gradients = _single(tiny.GQA_10_2, tiny.W8A8)
     for path, parameter in model.settings.table.items():
         assert jax.typeof(tiny.leaf(gradients, path)).sharding.spec == parameter.spec, path
-    print(_relative(logits_btv, expected_btv), _worst(model.unpad(gradients), expected_gradients))
     assert _relative(logits_btv, expected_btv) < PARITY
     assert _worst(model.unpad(gradients), expected_gradients) < PARITY
 
@@ -194,38 +191,60 @@ def test_a_branch_has_the_logits_that_it_has_alone() -> None:
     kept = [0, 1, 2, 5, 6, 7]
     alone = logits(tokens_bt[:, kept], np.arange(6, dtype=np.int32)[None], np.zeros((1, 6), np.int32))
     together = logits(tokens_bt, position_bt, branch_bt)[:, np.array(kept)]
-    print(_relative(together, alone))
     assert _relative(together, alone) < PARITY
 
 
-OPTIONS = [{"rematerialize": "full"}, {"rematerialize": "dots"}, {"unroll": 2}]
+OPTIONS = [{"rematerialize": "full"}, {"rematerialize": "dots", "unroll": 2}]
+
+
+@lru_cache
+def _trained(options: tuple[tuple[str, Any], ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    model = tiny.make(tiny.GQA_10_2, tiny.W8A8, **dict(options))
+    logits_btv, gradients = _train(model)
+    return logits_btv, model.unpad(gradients)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_rematerialization_and_unrolling_change_nothing(options: dict[str, Any]) -> None:
-    model = tiny.make(tiny.GQA_9_3, tiny.W8A8, **options)
-    logits_btv, gradients = _train(model)
-    expected_btv, expected_gradients = _single(tiny.GQA_9_3, tiny.W8A8)
-    print(_worst(model.unpad(gradients), expected_gradients))
+    logits_btv, gradients = _trained(tuple(options.items()))
+    expected_btv, expected_gradients = _single(tiny.GQA_10_2, tiny.W8A8)
     np.testing.assert_array_equal(logits_btv, expected_btv)
-    assert _worst(model.unpad(gradients), expected_gradients) < PARITY
+    assert _worst(gradients, expected_gradients) < PARITY
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tensor": 4}], ids=["1", "tensor 4"])
-def test_training_and_serving_compute_the_same_bits(sizes: dict[str, int], mesh_of: Callable[..., Mesh]) -> None:
+def test_training_and_serving_compute_the_same_bits() -> None:
     """The forward inside a gradient, from values on the grid, and a forward from codes and scales: two programs."""
-    mesh = mesh_of(**sizes)
+    served_btv = _logits(tiny.make(tiny.GQA_10_2, tiny.W8A8), _tokens())
+    for options in ((), *(tuple(options.items()) for options in OPTIONS)):
+        trained_btv, _ = _trained(options) if options else _single(tiny.GQA_10_2, tiny.W8A8)
+        np.testing.assert_array_equal(trained_btv, served_btv)
+
+
+def test_training_and_serving_compute_the_same_bits_on_four_devices(mesh_of: Callable[..., Mesh]) -> None:
+    mesh = mesh_of(tensor=4)
     model = tiny.make(tiny.GQA_9_3, tiny.W8A8, mesh, rematerialize="full")
-    trained_btv, _ = _train(model, mesh)
-    served_btv = _logits(model, _tokens(), mesh)
-    np.testing.assert_array_equal(trained_btv, served_btv)
+    np.testing.assert_array_equal(_train(model, mesh)[0], _logits(model, _tokens(), mesh))
 
 
 def test_bfloat16_follows_float32() -> None:
-    model = tiny.make(tiny.GQA_9_3, tiny.W8A8, compute_dtype="bfloat16")
+    """A rounding is 0.4 %; there are some dozen one after the other to a logit, and twice as many to a gradient."""
+    model = tiny.make(tiny.GQA_9_3, compute_dtype="bfloat16")
     logits_btv, gradients = _train(model)
-    expected_btv, expected_gradients = _single(tiny.GQA_9_3, tiny.W8A8)
-    print(_relative(logits_btv, expected_btv), _worst(model.unpad(gradients), expected_gradients))
-    assert logits_btv.dtype == np.float32
-    assert 0 < _relative(logits_btv, expected_btv) < 0.03
+    expected_btv, expected_gradients = _single(tiny.GQA_9_3, tiny.FLOAT)
+    assert 1e-3 < _distance(logits_btv, expected_btv) < 0.03
     assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    for path, gradient in model.unpad(gradients).items():
+        assert _distance(gradient, expected_gradients[path]) < 0.08, path
+
+
+def test_bfloat16_changes_int8_logits_no_more_than_int8_does() -> None:
+    """A rounding to bfloat16 flips codes of activations, each by one step: the noise of the grid itself."""
+    float_btv = _logits(tiny.make(tiny.GQA_10_2), _tokens())
+    wide_btv, _ = _single(tiny.GQA_10_2, tiny.W8A8)
+    narrow_btv = _logits(tiny.make(tiny.GQA_10_2, tiny.W8A8, compute_dtype="bfloat16"), _tokens())
+    assert narrow_btv.dtype == np.float32
+    assert 1e-3 < _distance(narrow_btv, wide_btv) < 1.5 * _distance(wide_btv, float_btv) < 0.15
+
+
+def _distance(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

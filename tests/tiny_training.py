@@ -1,7 +1,7 @@
 """A tiny decoder with 9/3 heads and everything that a training step needs, on any mesh."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import jax
@@ -81,15 +81,15 @@ class Run:
         return found
 
 
-# Adam divides by the root of the second moment: where a gradient is nothing but rounding noise, the default epsilon turns
-# noise into a whole step of the learning rate. A larger one keeps comparisons of weights well-conditioned.
+# Adam divides by the root of the second moment: where a gradient is nothing but rounding noise, the default epsilon
+# turns noise into a whole step of the learning rate. A larger one keeps comparisons of weights well-conditioned.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=2, epsilon=1e-4)
 
 
 TRAIN = TrainConfig(steps=40, batch_size=ROWS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _program(rules: tuple[Rule, ...], train: TrainConfig, mesh_config: MeshConfig, tensor: int) -> Run:
     """Return a run that is copied by `start`, so that each program is compiled once a session."""
     mesh = make_mesh(mesh_config)

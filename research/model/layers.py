@@ -159,8 +159,8 @@ class Attention(nnx.Module):
     def _drop_padding(self, out_btnh: jax.Array) -> jax.Array:
         """Return `out_btnh` with zeros for the heads that are padding.
 
-        A query of zeros attends evenly to all it sees. In a group with a real kv head that is no zero: it would count in
-        the scale of int8 activations, and give the zero rows of the out-projection a gradient.
+        A query of zeros attends evenly to all it sees. In a group with a real kv head the outcome isn't zero: it would
+        count in the scale of int8 activations, and give the zero rows of the out-projection a gradient.
         """
         real_n = self.settings.heads.real_n()
         return out_btnh if real_n.all() else jnp.where(real_n[None, None, :, None], out_btnh, 0)

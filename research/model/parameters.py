@@ -60,8 +60,8 @@ TABLE = {
 class HeadPlan:
     """How the attention heads are laid out over `tensor` ways.
 
-    Query heads are ordered (kv head, copy, query): the queries of a kv head are shared out to its `copies`. More than one
-    copy means: the kv parameters stay whole on every device, and each device uses the heads that its queries need.
+    Query heads are ordered (kv head, copy, query): the queries of a kv head are shared out to its `copies`. More than
+    one copy means: the kv parameters stay whole on every device, and each device uses the heads that its queries need.
     """
 
     query: AxisPadding

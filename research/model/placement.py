@@ -1,4 +1,4 @@
-"""Where the arrays of an experiment lie: sharding and padding of parameters, and of everything that is shaped like them.
+"""Where the arrays of an experiment lie: sharding and padding of parameters, and of all that is shaped like them.
 
 Codes, latents, moments and gradients lie like their parameter, scales like its axes that they keep. So one function,
 `layout`, tells by the path of an array how it is padded and split; checkpoints, optimizer states and exports ask it.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -68,7 +69,7 @@ def shardings(tree: Any, table: Table, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, table: Table, mesh: Mesh) -> Any:
-    """Return a tree like `tree` of `jax.ShapeDtypeStruct` with shardings on `mesh`: what a checkpoint is loaded into."""
+    """Return a tree like `tree` of `jax.ShapeDtypeStruct` with shardings on `mesh`, for a checkpoint to fill."""
 
     def one(key: str, leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, layout(key, leaf.shape, table).spec)
@@ -121,7 +122,7 @@ def abstract_weights(table: Table, formats: Mapping[str, Format], dtype: str, me
         if form is None:
             return jax.ShapeDtypeStruct(parameter.shape, np.float32)
         scale = jax.ShapeDtypeStruct(form.scale_shape, np.float16) if form.grid.is_scaled else None
-        codes = jax.ShapeDtypeStruct(parameter.shape, jax.numpy.dtype(form.grid.code_dtype))
+        codes = jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(form.grid.code_dtype))
         return Encoded(codes, scale, form.grid, dtype)  # pyright: ignore[reportArgumentType]
 
     return abstract(tree_of({path: one(path, parameter) for path, parameter in table.items()}), table, mesh)

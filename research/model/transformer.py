@@ -1,4 +1,4 @@
-"""A Llama-architecture decoder as Flax NNX modules: embedding, stacked layers run by a scan, norm, tied or untied head."""
+"""A Llama-architecture decoder as Flax NNX modules: embedding, stacked layers in a scan, norm, tied or untied head."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,8 +35,8 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Return the normed hidden states [b, t, d] and the cache.
 
-        `mask_bts` says which key each query sees. `cache`: keys and values of all layers, [l, b, s, k, h] each; this call's
-        are written at index `start`.
+        `mask_bts` says which key each query sees. `cache`: keys and values of all layers, [l, b, s, k, h] each; those
+        of this call are written at index `start`.
         """
         settings = self.settings
         rotation = make_rotation(settings.architecture, position_bt)

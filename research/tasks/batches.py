@@ -12,7 +12,6 @@ as each shape costs a compilation, and rows of similar length share a micro-batc
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import NamedTuple
 
 import grain
@@ -54,8 +53,8 @@ class ScoringBatch:
 class TrainingOrder:
     """Which examples make up the batch of a step: a function of (seed, step) and of nothing else.
 
-    Every epoch shuffles the examples anew, and uses none twice; those left over when the examples are no multiple of the
-    batch (other ones each epoch) are left out of it.
+    Every epoch shuffles the examples anew, and uses none twice; those left over when the examples are no multiple of
+    the batch (other ones each epoch) are left out of it.
     """
 
     def __init__(self, examples: int, seed: int, batch_size: int) -> None:
@@ -64,7 +63,7 @@ class TrainingOrder:
             raise UserError(f"train.seed={seed}: give 0 or more")
         if examples < batch_size:
             raise UserError(
-                f"train.batch_size={batch_size} is larger than the training split, which has {examples} examples; "
+                f"train.batch_size={batch_size} is larger than the training split of {examples} examples; "
                 "give a smaller batch, or more data"
             )
         self.batch_size = batch_size
@@ -93,10 +92,10 @@ def training_batches(
 ) -> grain.MapDataset[tuple[Batch, ...]]:
     """Return the micro-batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch.
 
-    Rows have one branch, the true label's. The rows of a step are a fair sample; they are sorted by length before they are
-    cut into micro-batches, each of which is padded on its own, so little is wasted. (Sorting across steps would save more,
-    but where length and label go together it makes batches of one label, and training swings between them.) What a step
-    gets doesn't depend on `steps` nor on what was read before.
+    Rows have one branch, the true label's. The rows of a step are a fair sample; they are sorted by length before they
+    are cut into micro-batches, each of which is padded on its own, so little is wasted. (Sorting across steps would save
+    more, but where length and label go together it makes batches of one label, and training swings between them.)
+    What a step gets doesn't depend on `steps` nor on what was read before.
 
     Args:
         examples: the encoded training split.
@@ -105,8 +104,8 @@ def training_batches(
         steps: length of the dataset.
         batch_size: rows of a step over all micro-batches and processes.
         accumulate: micro-batches of a step.
-        process_index, process_count: which contiguous part of each micro-batch's rows this process gets. t is that of the
-            whole micro-batch, so that all processes run the same program.
+        process_index, process_count: which contiguous part of each micro-batch's rows this process gets. t is that of
+            the whole micro-batch, so that all processes run the same program.
 
     Raises:
         UserError: a batch larger than the split, or one that doesn't divide into micro-batches over the processes.

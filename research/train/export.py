@@ -19,7 +19,6 @@ from research.quant.policy import Format, path_of
 from research.setup import Setup
 from research.tokenizer import Tokenizer
 
-
 _METADATA = ("experiment", "foundation", "task", "step")
 
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from research.config import Experiment
 from research.config_file import from_json, require_resumable, to_json
 from research.environment import peak_host_bytes, versions
+from research.errors import Stopped, UserError
 from research.evaluate import Examples, Score, load_examples, make_score, score_examples, score_test
 from research.formats import native
-from research.errors import Stopped, UserError
 from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
@@ -79,7 +79,9 @@ class Job:
     @property
     def forward_name(self) -> str:
         """What the training forward is called in the table: "w8a8", "fp16 weights", "float"."""
-        names = {"w8a8" if (r.weight, r.activation) == ("int8", "int8") else r.weight for r in self.experiment.quantization}
+        names = {
+            "w8a8" if (r.weight, r.activation) == ("int8", "int8") else r.weight for r in self.experiment.quantization
+        }
         return " + ".join(sorted(names)) or "float"
 
 
@@ -185,9 +187,7 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
 
     with (
         Checkpointer(folder.checkpoints, experiment.checkpoint.keep, report=say_as("Saved")) as checkpointer,
-        folder.metrics(
-            int(state.step), tensorboard=experiment.logging.tensorboard, report=say_as("Resume")
-        ) as log,
+        folder.metrics(int(state.step), tensorboard=experiment.logging.tensorboard, report=say_as("Resume")) as log,
     ):
         trained = train(
             setup,
@@ -219,7 +219,9 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     metadata, steps = read_metadata(path), job.experiment.train.steps
     require_same_run(metadata, job.foundation, job.examples.task)
     if metadata["step"] > steps:
-        raise UserError(f"--resume with train.steps={steps}: the run has done {metadata['step']} steps; give as many or more")
+        raise UserError(
+            f"--resume with train.steps={steps}: the run has done {metadata['step']} steps; give as many or more"
+        )
     state = restore_state(path, job.setup, tx, metadata, verified=True)
     say(job.console, "Resume", f"from step {int(state.step)}, {path}")
     return state
@@ -244,9 +246,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     """Score the run's own codes, then those of its export read back, through one compiled program."""
     score = make_score(job.setup)
     encoded = encoded_weights(state)
-    scores = {
-        "finetuned": _score_test(job, "Scoring the fine-tuned model", job.setup, score, serving_weights(encoded))
-    }
+    scores = {"finetuned": _score_test(job, "Scoring the fine-tuned model", job.setup, score, serving_weights(encoded))}
     directory = folder.path / "export"
     shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
     metadata = job.metadata | {"step": int(state.step)}
@@ -258,9 +258,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     return scores
 
 
-def _conclude(
-    job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str, np.ndarray], started: float
-) -> None:
+def _conclude(job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str, np.ndarray], started: float) -> None:
     """Write predictions, plot and summary, and print the table."""
     experiment, task, test = job.experiment, job.examples.task, job.examples.splits["test"]
     samples = experiment.evaluation.bootstrap_samples

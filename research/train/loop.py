@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from rich.console import Console
@@ -41,7 +42,7 @@ def train(
     experiment: Experiment,
     state: TrainState,
     step: Step,
-    batches: Sequence[tuple[Batch, ...]],
+    batches: grain.MapDataset[tuple[Batch, ...]],
     *,
     log: MetricsLog,
     save: Save,
@@ -59,6 +60,7 @@ def train(
     with Progress(console, "Training", last, done=first) as progress, stop_requests() as stop_requested:
         for number in range(first, last):
             parts = batches[number]
+            assert parts is not None  # grain's type allows for filtered data sets
             started = time.perf_counter()
             state, metrics = step(state, [put_batch(part, setup.mesh) for part in parts])
             values = jax.tree.map(float, jax.device_get(metrics))

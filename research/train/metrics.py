@@ -1,4 +1,4 @@
-"""The loss as sums and counts, never means: what is summed over devices and micro-batches is divided once, at the end."""
+"""The loss as sums and counts, never means: what is summed over devices and micro-batches is divided once."""
 
 from typing import Any
 
@@ -17,11 +17,12 @@ def answer_nll(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> j
     whole batch exist at a time, split over the vocabulary. The backward pass computes them anew.
     """
     model = nnx.merge(graph, weights)
-    mask_bts = visible(batch.branch_bt, batch.branch_bt)
-    hidden_btd, _ = model(batch.tokens_bt, batch.position_bt, mask_bts)
-    hidden_bad = jnp.take_along_axis(hidden_btd, batch.source_ba[:, :, None], axis=1)
-    nll_ba = _chunked_nll(model, hidden_bad, batch.target_ba, max(1, chunk // hidden_bad.shape[0]))
-    return jnp.where(batch.answer_ba > 0, nll_ba, 0.0)
+    tokens_bt, position_bt, branch_bt, source_ba, target_ba, answer_ba = map(jnp.asarray, batch)
+    mask_bts = visible(branch_bt, branch_bt)
+    hidden_btd, _ = model(tokens_bt, position_bt, mask_bts)
+    hidden_bad = jnp.take_along_axis(hidden_btd, source_ba[:, :, None], axis=1)
+    nll_ba = _chunked_nll(model, hidden_bad, target_ba, max(1, chunk // hidden_bad.shape[0]))
+    return jnp.where(answer_ba > 0, nll_ba, 0.0)
 
 
 def _chunked_nll(model: Any, hidden_bad: jax.Array, target_ba: jax.Array, chunk: int) -> jax.Array:
@@ -55,6 +56,6 @@ def token_nll(logits_bav: jax.Array, target_ba: jax.Array) -> jax.Array:
 
 
 def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Return the summed negative log-probability of the answers, nats, and the number of their tokens; float32 scalars."""
+    """Return the summed negative log-probability of the answers, nats, and their number of tokens, float32 scalars."""
     nll_ba = answer_nll(graph, weights, batch, chunk)
     return nll_ba.sum(), (batch.answer_ba > 0).sum().astype(jnp.float32)

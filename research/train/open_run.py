@@ -67,7 +67,9 @@ def open_trained(path: Path, report: Callable[[str], None] = print) -> Opened:
     for line in skipped:
         report(line)
     if newest is None:
-        why = f"no whole checkpoint in {checkpoints}" if checkpoints.is_dir() else "no run, checkpoint or export is there"
+        why = (
+            f"no whole checkpoint in {checkpoints}" if checkpoints.is_dir() else "no run, checkpoint or export is there"
+        )
         raise UserError(f"checkpoint {path}: {why}; a run saves one when it ends or is stopped")
     return _open_step(newest)
 

@@ -118,9 +118,7 @@ def restore_state(
     )
     shapes = jax.eval_shape(lambda params: start_state(tx, params), float_params)
     targets = checkpoint_items(abstract(shapes, setup.table, setup.mesh))
-    loaded = {
-        item: _load(path, item, target, setup.table, metadata, verified) for item, target in targets.items()
-    }
+    loaded = {item: _load(path, item, target, setup.table, metadata, verified) for item, target in targets.items()}
     return _rebuild(loaded[WEIGHTS], loaded[OPTIMIZER], find(shapes.optimizer).encoded)
 
 
@@ -155,4 +153,3 @@ def _lookup(table: Mapping[str, Parameter], shapes: Mapping[str, tuple[int, ...]
         return layout(key, shapes[key], table).padding if key in shapes else None
 
     return padding
-

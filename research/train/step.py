@@ -82,9 +82,7 @@ def start_state(tx: optax.GradientTransformationExtraArgs, float_params: Any) ->
     return TrainState(jnp.zeros((), jnp.int32), project(optimizer, float_params), optimizer)
 
 
-def make_state(
-    tx: optax.GradientTransformationExtraArgs, float_params: Any, table: Table, mesh: Mesh
-) -> TrainState:
+def make_state(tx: optax.GradientTransformationExtraArgs, float_params: Any, table: Table, mesh: Mesh) -> TrainState:
     """Return `start_state`, every leaf placed on the mesh; `float_params`, float32, are donated."""
 
     start = partial(start_state, tx)
@@ -137,7 +135,7 @@ def make_step(
     """Return the jitted step; `state` gives the shardings that every step keeps."""
     whole = NamedSharding(mesh, PartitionSpec())
     state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    sums_layout = GradientSums(whole, whole, shardings(state.params, table, mesh))
+    sums_layout: Any = GradientSums(whole, whole, shardings(state.params, table, mesh))  # pyright: ignore
     schedule = make_schedule(optimizer, train.steps)
 
     def zeros() -> GradientSums:
@@ -155,8 +153,9 @@ def make_step(
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, StepMetrics]:
         gradients = jax.tree.map(lambda g: g / sums.tokens, sums.gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it (schedules, Adam's bias correction)
-            updates, optimizer_state = tx.update(gradients, state.optimizer, state.params)
+            updated: Any = tx.update(gradients, state.optimizer, state.params)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        updates, optimizer_state = updated
         params = apply_updates(state.params, updates, optimizer_state)
         metrics = StepMetrics(
             loss=sums.nll / sums.tokens,

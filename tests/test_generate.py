@@ -1,0 +1,212 @@
+"""Generation with a cache gives the tokens of a forward without one, on any mesh, for any mixture of prompts."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import tiny_models as tiny
+from research.errors import UserError
+from research.model import generate as module
+from research.model.generate import Sampling, generate, generate_batch
+from research.model.layers import visible
+from research.model.transformer import causal
+
+PROMPT = [5, 41, 7]
+DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)
+
+
+@lru_cache
+def _model(policy: str) -> tiny.Tiny:
+    """Ten query heads share two kv heads, laid out for four ways: copies of the kv heads, and padded queries."""
+    return tiny.make(tiny.GQA_10_2, tiny.FLOAT if policy == "float" else tiny.W8A8, padded_for=4)
+
+
+@pytest.fixture
+def w8a8() -> tiny.Tiny:
+    """The model of which each program is compiled once."""
+    return _model("w8a8")
+
+
+def _greedy(model: tiny.Tiny, prompt: list[int], tokens: int, **options: Any) -> list[int]:
+    return list(generate(model.graph, model.served, prompt, max_tokens=tokens, **options))
+
+
+@lru_cache
+def _forward(policy: str) -> Callable[..., jax.Array]:
+    model = _model(policy)
+    return jax.jit(lambda tokens_bt: causal(model.model(model.served), tokens_bt))
+
+
+def _without_cache(policy: str, tokens: list[int]) -> np.ndarray:
+    """Logits [t, v] of a text. Causality is tested elsewhere: those at t are what the text up to t gives."""
+    return np.asarray(_forward(policy)(np.array([tokens], np.int32)))[0]
+
+
+@pytest.mark.parametrize("policy, tokens", [("float", 61), ("w8a8", 12)])
+def test_cached_greedy_tokens_are_those_without_a_cache(policy: str, tokens: int) -> None:
+    """Of which 61 fill the context."""
+    model = _model(policy)
+    found = _greedy(model, PROMPT, tokens)
+    logits_tv = _without_cache(policy, PROMPT + found)
+    assert len(found) == tokens and len(set(found)) > 3
+    assert found == logits_tv[len(PROMPT) - 1 : -1].argmax(axis=1).tolist()
+
+
+def test_cached_logits_are_those_without_a_cache(w8a8: tiny.Tiny) -> None:
+    """Two tokens at once, then one by one, in a cache that is longer than the text."""
+    tokens_bt = np.random.default_rng(4).integers(0, 67, (1, 15)).astype(np.int32)
+    settings = w8a8.settings
+
+    @jax.jit
+    def step(cache: Any, tokens_bt: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+        called, t = w8a8.model(w8a8.served), tokens_bt.shape[1]
+        mask_bts = visible(jnp.zeros((1, t), jnp.int32), jnp.zeros((1, 17), jnp.int32), start)
+        hidden_btd, cache = called(tokens_bt, (start + jnp.arange(t))[None], mask_bts, cache, start)
+        return called.logits(hidden_btd), cache
+
+    shape = (settings.architecture.layers, 1, 17, settings.heads.groups, settings.architecture.head_width)
+    cache, found = (jnp.full(shape, 7.0), jnp.full(shape, 7.0)), []  # no slot is read before it is written
+    for start, end in [(0, 2), *((t, t + 1) for t in range(2, 15))]:
+        logits_btv, cache = step(cache, tokens_bt[:, start:end], np.int32(start))
+        found.append(np.asarray(logits_btv)[0, :, :67])
+    expected_tv = _without_cache("w8a8", tokens_bt[0].tolist())[:, :67]
+    # float32 sums of the same terms in other orders, and no activation near enough to the middle of two codes to flip
+    assert np.abs(np.concatenate(found) - expected_tv).max() < 5e-6 * np.abs(expected_tv).max()
+
+
+def test_first_token_is_that_of_transformers() -> None:
+    expected = np.load(tiny.FIXTURES / "gqa_9_3" / "expected.npz")
+    model = tiny.make("gqa_9_3")
+    prompts = expected["tokens_bt"].tolist()
+    found = next(generate_batch(model.graph, model.served, prompts, max_tokens=1))
+    assert found == expected["logits_btv"][:, -1].argmax(axis=1).tolist()
+
+
+def test_rows_of_a_batch_are_what_they_are_alone_and_end_by_themselves(w8a8: tiny.Tiny) -> None:
+    prompts = [PROMPT, [9] * 20, [3, 1, 4, 1, 5]]
+    alone = [_greedy(w8a8, prompt, 8) for prompt in prompts]
+    end = alone[1][2]
+    ends = [row.index(end) if end in row else len(row) for row in alone]
+    assert min(ends) < max(ends)
+    steps = list(generate_batch(w8a8.graph, w8a8.served, prompts, max_tokens=8, end_ids=[end]))
+    for row, expected, stop in zip(zip(*steps, strict=True), alone, ends, strict=True):
+        assert list(row) == expected[:stop] + [None] * (len(steps) - stop)
+    assert len(steps) == max(ends)  # no step after all have ended
+    assert _greedy(w8a8, prompts[1], 8, end_ids=[end, 999]) == alone[1][: ends[1]]
+
+
+def test_tokens_arrive_one_by_one(w8a8: tiny.Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    step = module._step
+    monkeypatch.setattr(module, "_step", lambda *arguments: steps.append(1) or step(*arguments))
+    stream = generate(w8a8.graph, w8a8.served, PROMPT, max_tokens=5)
+    next(stream)
+    assert len(steps) == 0
+    next(stream)
+    assert len(steps) == 1
+    assert len(list(stream)) == 3 and len(steps) == 4  # none for a token that nobody asked for
+
+
+def test_one_program_for_a_bucket_and_one_for_the_step_which_reuses_its_cache(
+    w8a8: tiny.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _greedy(w8a8, PROMPT, 4)
+    traces, caches, step = [], [], module._step
+    monkeypatch.setattr(module, "visible", lambda *arguments: traces.append(1) or visible(*arguments))
+    monkeypatch.setattr(module, "_step", lambda *arguments: caches.append(arguments[3]) or step(*arguments))
+    for prompt, tokens in ([1], 4), ([2] * 32, 9), ([3] * 17, 32):
+        _greedy(w8a8, prompt, tokens)
+    assert not traces and len(caches) == 3 + 8 + 31
+    assert all(part.is_deleted() for cache in caches for part in cache)
+
+
+def test_draws_depend_on_seed_and_position_alone(w8a8: tiny.Tiny) -> None:
+    drawn = _greedy(w8a8, PROMPT, 10, sampling=DRAWN, seed=3)
+    assert drawn == _greedy(w8a8, PROMPT, 10, sampling=DRAWN, seed=3)
+    assert drawn != _greedy(w8a8, PROMPT, 10, sampling=DRAWN, seed=4)
+    # a text that is taken up again goes on as it would have gone on
+    assert drawn[4:] == _greedy(w8a8, PROMPT + drawn[:4], 6, sampling=DRAWN, seed=3)
+
+
+def test_meshes_draw_the_same_tokens(w8a8: tiny.Tiny, mesh_of: Callable[..., Mesh]) -> None:
+    """On 1×2×4 one prompt is fewer than the mesh splits a batch into, and 67 words are padded to 68."""
+    mesh = mesh_of(fsdp=2, tensor=4)
+    sharded = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh)
+    with jax.set_mesh(mesh):
+        found = _greedy(sharded, PROMPT, 10, sampling=DRAWN, seed=3)
+    assert found == _greedy(w8a8, PROMPT, 10, sampling=DRAWN, seed=3)
+
+
+def _shares(logits_v: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The probability of each token, the long way round."""
+    shares = np.exp((logits_v - logits_v.max()) / sampling.temperature)
+    order = np.argsort(-shares)
+    kept = order[: sampling.top_k or len(order)]
+    probability = shares[kept] / shares[kept].sum()
+    kept = kept[: 1 + int(np.searchsorted(np.cumsum(probability), sampling.top_p))]
+    result = np.zeros_like(shares)
+    result[kept] = shares[kept] / shares[kept].sum()
+    return result
+
+
+SAMPLINGS = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=2.0, top_k=5),
+    Sampling(temperature=1.0, top_p=0.5),
+    Sampling(temperature=1.5, top_k=8, top_p=0.8),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.temperature} {s.top_k} {s.top_p}")
+def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
+    logits_v = np.random.default_rng(0).normal(size=40).astype(np.float32) * 2
+
+    class Model:
+        def logits(self, hidden_b1d: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(logits_v, (len(hidden_b1d), 1, len(logits_v)))
+
+    def draw(rows: int, position: int = 0) -> np.ndarray:
+        hidden_b1d, position_b = jnp.zeros((rows, 1, 1)), jnp.full(rows, position)
+        return np.asarray(module._draw(Model(), hidden_b1d, position_b, sampling, jax.random.key(0)))
+
+    draws, expected = 20_000, _shares(logits_v, sampling)
+    found = draw(draws)
+    np.testing.assert_array_equal(draw(30), found[:30])  # what a row draws is its own affair
+    assert (draw(30, position=1) != found[:30]).any()
+    counts = np.bincount(found, minlength=len(logits_v))
+    assert not counts[expected == 0].any() and (expected == 0).any() == (sampling.top_k > 0 or sampling.top_p < 1)
+    deviation = np.sqrt(draws * expected * (1 - expected))
+    assert (np.abs(counts - draws * expected) <= 4.5 * deviation + 1e-9).all()  # chance of a false alarm: 3e-4
+
+
+@pytest.mark.parametrize(
+    "prompt, options, message",
+    [
+        ([], {}, "the prompt has no tokens"),
+        ([1, 67], {}, "prompt token 67 is not in the model's vocabulary of 67"),
+        ([-1], {}, "prompt token -1 is not in the model's vocabulary"),
+        (PROMPT, {"max_tokens": 0}, "max_tokens=0; give at least 1"),
+        (PROMPT, {"max_tokens": 62}, "exceed the model's context of 64; give max_tokens of at most 61"),
+        ([1] * 64, {"max_tokens": 1}, "exceed the model's context of 64; give a shorter prompt"),
+        (PROMPT, {"sampling": Sampling(top_k=68)}, "top_k=68 is more than the vocabulary of 67"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_token(
+    w8a8: tiny.Tiny, prompt: list[int], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(w8a8.graph, w8a8.served, prompt, **{"max_tokens": 4, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_impossible_sampling_is_told(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        Sampling(**options)
