@@ -4,7 +4,7 @@ Ordinary mixed precision, said in the words of a quantization policy: float32 la
 
     Command:  python scripts/finetune.py --config configs/bf16_tp4.py
     Hardware: four CPU devices simulated on two cores, or four real ones
-    Result:   see README, with the time it took
+    Result:   not measured yet
 """
 
 from research.config import Experiment, MeshConfig, Rule

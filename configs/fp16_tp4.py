@@ -4,7 +4,7 @@ The neighbour of int8_tp4.py in which the grid is a cast: what is lost by 16-bit
 
     Command:  python scripts/finetune.py --config configs/fp16_tp4.py
     Hardware: four CPU devices simulated on two cores, or four real ones
-    Result:   see README, with the time it took
+    Result:   not measured yet
 """
 
 from research.config import Experiment, MeshConfig, Rule

@@ -8,18 +8,15 @@ activations that they multiply are int8 per token: training computes the integer
     Result:   see README, with the time it took
 """
 
-from research.config import Experiment, MeshConfig, OptimizerConfig, Rule, TaskConfig, TrainConfig
+from research.config import Experiment, MeshConfig, Rule
 
 
 def get_config() -> Experiment:
     """Return the experiment: what differs from the defaults."""
     return Experiment(
-        task=TaskConfig(lengths=(40, 64, 96)),
         mesh=MeshConfig(tensor=4),
         quantization=(
             Rule(match="layers/(attention|mlp)/.*", weight="int8", activation="int8"),
             Rule(match="(embed|head)/table_vd", weight="int8", activation="int8"),
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-        train=TrainConfig(steps=20, batch_size=16, accumulate=4),
     )

@@ -2,7 +2,7 @@
 
 Command:  python scripts/finetune.py --config configs/trec_int8_tp4.py
 Hardware: four CPU devices simulated on two cores, or four real ones
-Result:   see README, with the time it took
+Result:   not measured yet
 """
 
 from research.config import Experiment, MeshConfig, Rule, TaskConfig

@@ -125,7 +125,7 @@ class TaskConfig:
     """Text put around a message; {text} stands for it. Empty: the task's own prompt."""
     chat: bool = True
     """Whether the prompt goes through the foundation's chat template as a user's turn."""
-    lengths: tuple[int, ...] = (32, 48, 64, 96, 128)
+    lengths: tuple[int, ...] = (40, 64, 96)
     """Sequence lengths in tokens that batches are padded to; longer examples are cut at the largest and counted."""
     train_examples: int = 0
     """Use only the first N training examples of the split; 0 = all."""
@@ -154,7 +154,7 @@ class TaskConfig:
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and clipping."""
 
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     """Peak of the schedule."""
     final_fraction: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
@@ -191,11 +191,11 @@ REMATERIALIZATION = ("none", "full", "dots")
 class TrainConfig:
     """How long and in which arithmetic."""
 
-    steps: int = 50
+    steps: int = 20
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Examples per optimizer step, over all devices."""
-    accumulate: int = 1
+    accumulate: int = 4
     """Micro-batches that one optimizer step is split into, by length of the rows; each is padded on its own."""
     compute_dtype: str = "float32"
     """Dtype of activations: float32 or bfloat16."""

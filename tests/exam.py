@@ -8,7 +8,8 @@ that stays there, as padding does), stacked layers, a table that is used twice, 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,19 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from research.quant import Encoded, Leaf, Policy, Quantized, Rule, apply_updates, view
+from research.quant import (
+    Encoded,
+    Leaf,
+    Policy,
+    Quantized,
+    Rule,
+    apply_updates,
+    export,
+    latents,
+    project,
+    quantize,
+    view,
+)
 from research.quant.nodes import is_encoded
 
 PyTree = Any
@@ -51,20 +64,21 @@ LEAVES = {
 }
 STILL, LATE = 5, 2  # outputs of matrix_do: never used and zero, used but zero at first
 EXAMPLES = 13
+STEPS = 200
 
 
-def policy_for(forms: tuple[Form, ...] = FORMS) -> Policy:
+def make_policy() -> Policy:
     """Return the policy that gives every branch its format; vectors and scalars are matched, too, and stay float."""
-    rules = tuple(Rule(match=f"{form.name}/.*", weight=form.grid, granularity=form.granularity) for form in forms)
+    rules = tuple(Rule(match=f"{form.name}/.*", weight=form.grid, granularity=form.granularity) for form in FORMS)
     leaves = {
         f"{form.name}/{name}": Leaf(axes, contract, shape, (1,) * len(shape))
-        for form in forms
+        for form in FORMS
         for name, (axes, contract, shape) in LEAVES.items()
     }
     return Policy(rules, leaves)
 
 
-def make_params(forms: tuple[Form, ...] = FORMS, dtype: str = "float32") -> PyTree:
+def make_params(dtype: str = "float32") -> PyTree:
     """Return float parameters of the model, {form: {leaf: array}}; the same values in every branch."""
     rng = np.random.default_rng(7)
     branch = {name: rng.normal(0, 0.2, shape) for name, (_, _, shape) in LEAVES.items()}
@@ -72,7 +86,7 @@ def make_params(forms: tuple[Form, ...] = FORMS, dtype: str = "float32") -> PyTr
     branch["matrix_do"][:, STILL] = -0.0  # weight decay keeps the sign
     branch["table_vd"][3] = 0
     branch |= {"bias_o": rng.normal(0, 0.1, 7), "gain": np.float64(1.25)}
-    return {form.name: {name: jnp.asarray(value, dtype) for name, value in branch.items()} for form in forms}
+    return {form.name: {name: jnp.asarray(value, dtype) for name, value in branch.items()} for form in FORMS}
 
 
 def make_batches(steps: int) -> PyTree:
@@ -86,8 +100,7 @@ def make_batches(steps: int) -> PyTree:
 
 
 def branch_loss(branch: PyTree, batch: PyTree) -> jax.Array:
-    """Return the loss of one branch, float32 scalar; leaves are arrays or `Quantized`."""
-    branch = jax.tree.map(_value, branch, is_leaf=lambda node: isinstance(node, Quantized))
+    """Return the loss of one branch of float32 arrays, float32 scalar."""
     out_bo = jnp.tanh(batch["x_bd"] @ branch["matrix_do"] + branch["bias_o"][None])
     used_o = (jnp.arange(7) != STILL).astype(jnp.float32)
     embedded_bd = branch["table_vd"][batch["token_b"]]
@@ -105,8 +118,11 @@ def _value(node: Any) -> jax.Array:
 
 
 def losses(weights: PyTree, batch: PyTree) -> PyTree:
-    """Return {form: loss}."""
-    return {name: branch_loss(branch, batch) for name, branch in weights.items()}
+    """Return {form: loss}; leaves are arrays or `Quantized`. All branches are stacked: one of them is compiled."""
+    values = jax.tree.map(_value, weights, is_leaf=lambda node: isinstance(node, Quantized))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values.values())
+    loss_e = jax.vmap(branch_loss, in_axes=(0, None))(stacked, batch)
+    return dict(zip(values, loss_e, strict=True))
 
 
 def gradients(params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
@@ -121,17 +137,6 @@ def gradients(params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyT
     return by_form, grads
 
 
-def make_step(tx: optax.GradientTransformationExtraArgs, **extra: Any):
-    """Return the train step (params, state, batch) -> (params, state, {form: loss}), not compiled."""
-
-    def step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        by_form, grads = gradients(params, state, batch)
-        updates, state = update(tx, grads, state, params, **extra)
-        return apply_updates(params, updates, state), state, by_form
-
-    return step
-
-
 def update(tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: PyTree, params: PyTree, **extra: Any):
     """Call `tx.update` under the promotion rules that optax is written for.
 
@@ -140,6 +145,52 @@ def update(tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: PyTr
     """
     with jax.numpy_dtype_promotion("standard"):
         return tx.update(grads, state, params, **extra)
+
+
+def inner_optimizer() -> optax.GradientTransformation:
+    """AdamW with steps so large that scales grow and shrink and most codes change."""
+    return optax.adamw(optax.cosine_decay_schedule(3e-2, STEPS, alpha=0.05), weight_decay=0.01)
+
+
+class History(NamedTuple):
+    """What 200 steps went through; leading axis: step. `missed`: weights that plain optax, compiled in, did not hit."""
+
+    losses: PyTree
+    updates: PyTree
+    after: PyTree
+    missed: PyTree
+    encoded: PyTree
+    latent: PyTree
+
+
+def start(dtype: str) -> tuple[optax.GradientTransformationExtraArgs, PyTree, PyTree]:
+    """Return the wrapped optimizer, params and state of step 0."""
+    tx = quantize(inner_optimizer(), make_policy())
+    state = jax.jit(tx.init)(make_params(dtype))
+    return tx, jax.jit(project)(state, make_params(dtype)), state
+
+
+@cache
+def history(dtype: str) -> History:
+    """Train every form for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
+    tx, params, state = start(dtype)
+
+    def step(carry: Any, batch: PyTree) -> tuple[Any, History]:
+        before, state = carry
+        by_form, grads = gradients(before, state, batch)
+        updates, state = update(tx, grads, state, before)
+        after = apply_updates(before, updates, state)
+        missed = jax.tree.map(lambda plain, p: (plain != p).sum(), plain_apply(before, updates), after)
+        return (after, state), History(by_form, updates, after, missed, export(state), latents(state))
+
+    run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches)[1])
+    return jax.device_get(run((params, state), make_batches(STEPS)))
+
+
+def plain_apply(params: PyTree, updates: PyTree) -> PyTree:
+    """Apply updates as optax does; it adds float32 updates to bfloat16 params, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(params, updates)
 
 
 def reference_decode(encoded: Encoded) -> np.ndarray:

@@ -54,7 +54,7 @@ IMPOSSIBLE = [
     (OptimizerConfig, {"epsilon": 0.0}, "optimizer.epsilon"),
     (TrainConfig, {"steps": 0}, "train.steps=0: give 1 or more"),
     (TrainConfig, {"steps": 1.5}, "train.steps=1.5: give an integer"),
-    (TrainConfig, {"accumulate": 3}, "train.batch_size=8 is not a multiple of train.accumulate=3"),
+    (TrainConfig, {"accumulate": 3}, "train.batch_size=16 is not a multiple of train.accumulate=3"),
     (TrainConfig, {"compute_dtype": "float16"}, "train.compute_dtype='float16': give one of"),
     (TrainConfig, {"param_dtype": "fp32"}, "train.param_dtype='fp32': give one of"),
     (TrainConfig, {"rematerialize": "some"}, "train.rematerialize='some': give one of"),

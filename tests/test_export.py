@@ -1,0 +1,92 @@
+"""The int8 export read back is the run, bit for bit, whatever mesh wrote or reads it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import bits, one_line
+
+import tiny_training as tiny
+from research.config import MeshConfig, Rule
+from research.formats import native
+from research.mesh import make_mesh
+from research.model.placement import layout, place_float
+from research.quant.policy import path_of
+from research.setup import Setup, make_setup
+from research.train.export import place_export, write_export
+from research.train.state import encoded_weights
+from research.train.step import TrainState, make_optimizer, make_state
+from tiny_runs import metadata_on
+from tiny_tokenizers import byte_level
+
+GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a channel, casts, and floats
+    Rule(match="layers/attention/[qkv].*", weight="int8", granularity="group:8"),
+    Rule(match="layers/attention/.*", weight="int8", granularity="tensor"),
+    Rule(match="layers/mlp/up_df", weight="bf16"),
+    Rule(match="layers/mlp/down_fd", weight="fp16"),
+    Rule(match="embed/.*", weight="int8"),
+)
+
+
+def setup_on(rules: tuple[Rule, ...], **sizes: int) -> Setup:
+    return make_setup(tiny.ARCHITECTURE, rules, tiny.TRAIN, make_mesh(MeshConfig(**sizes)))
+
+
+def state_on(setup: Setup) -> TrainState:
+    tx = make_optimizer(tiny.OPTIMIZER, tiny.TRAIN, setup.policy, setup.table)
+    floats = place_float(tiny.foundation().__getitem__, setup.table, setup.mesh)
+    return make_state(tx, floats, setup.table, setup.mesh)
+
+
+def logical(encoded: object, setup: Setup) -> dict[str, bytes]:
+    """Return every array of stored parameters without its padding, as bytes."""
+    keyed = {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(encoded)}
+    return {key: bits(layout(key, leaf.shape, setup.table).padding.unpad(leaf)) for key, leaf in keyed.items()}
+
+
+@pytest.mark.parametrize("rules", (tiny.W8A8, GROUPS), ids=("w8a8", "groups"))
+def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
+    setup = setup_on(rules, tensor=4)
+    encoded = encoded_weights(state_on(setup))
+    wanted = logical(encoded, setup)
+    size = write_export(
+        tmp_path / "export", encoded, setup, tiny.ARCHITECTURE, byte_level(), metadata_on({}, rules) | {"step": 7}
+    )
+    assert size == (tmp_path / "export" / native.WEIGHTS).stat().st_size
+    for sizes in ({"tensor": 4}, {}, {"fsdp": 2, "tensor": 3}):
+        other = setup_on(rules, **sizes)
+        placed = place_export(native.read(tmp_path / "export"), other)
+        assert logical(placed, other) == wanted, sizes
+        assert jax.tree.structure(placed) == jax.tree.structure(encoded)
+        if sizes == {"tensor": 4}:  # padding, dtypes and places as well
+            assert jax.tree.map(bits, placed) == jax.tree.map(bits, encoded)
+            assert jax.tree.map(jax.typeof, placed) == jax.tree.map(jax.typeof, encoded)
+
+
+def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: Path) -> None:
+    setup = setup_on(tiny.W8A8)
+    encoded = encoded_weights(state_on(setup))
+    metadata = metadata_on({}) | {"step": 7}
+    size = write_export(tmp_path / "export", encoded, setup, tiny.ARCHITECTURE, byte_level(), metadata)
+    export = native.read(tmp_path / "export")
+    assert export.metadata == {key: metadata[key] for key in ("experiment", "foundation", "task", "step")}
+    assert export.architecture == tiny.ARCHITECTURE and export.tokenizer == byte_level()
+    q = export.leaves["layers/attention/q_dnh"]
+    assert isinstance(q, native.StoredLeaf) and q.format == "int8/channel"
+    parameters = sum(np.prod(parameter.padding.logical) for parameter in setup.table.values())
+    assert parameters < size < 2 * parameters  # tiny as it is, headers and scales weigh more than in a real model
+
+
+def test_an_export_that_is_not_as_its_config_says_is_refused(tmp_path: Path) -> None:
+    setup = setup_on(tiny.W8A8)
+    metadata = metadata_on({}) | {"step": 7}
+    write_export(
+        tmp_path / "export", encoded_weights(state_on(setup)), setup, tiny.ARCHITECTURE, byte_level(), metadata
+    )
+    export = native.read(tmp_path / "export")
+    fp16 = setup_on((Rule(match=".*", weight="fp16"),))
+    assert "embed/table_vd is int8/channel in the export, and its config says fp16" in one_line(
+        lambda: place_export(export, fp16)
+    )
+    assert "config says float" in one_line(lambda: place_export(export, setup_on(())))

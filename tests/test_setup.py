@@ -1,0 +1,61 @@
+"""An experiment on a mesh: what fits, what doesn't, and where batches go."""
+
+import numpy as np
+import pytest
+from checkpoints import one_line
+from jax.sharding import PartitionSpec
+
+import tiny_training as tiny
+from research.config import Experiment, MeshConfig, Rule, TrainConfig
+from research.mesh import make_mesh
+from research.setup import batch_ways, make_setup, put_batch, require_batch_fits
+
+
+def test_a_setup_joins_padding_formats_and_activations() -> None:
+    mesh = make_mesh(MeshConfig(tensor=4))
+    setup = make_setup(tiny.ARCHITECTURE, (Rule(match="layers/mlp/.*", weight="int8", activation="int8"),), tiny.TRAIN, mesh)
+    assert setup.formats.keys() == {"layers/mlp/gate_df", "layers/mlp/up_df", "layers/mlp/down_fd"}
+    assert setup.formats["layers/mlp/up_df"].scale_shape == (2, 1, 52)  # of the padded parameter
+    assert setup.table["layers/mlp/up_df"].shape == (2, 24, 52)
+    assert setup.settings.activations["layers/mlp/up_df"] == "int8"
+    assert setup.settings.activations["layers/attention/q_dnh"] == "none"
+    assert not make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, mesh).formats
+
+
+def test_a_rule_that_matches_nothing_is_an_error() -> None:
+    mesh = make_mesh(MeshConfig())
+    rules = (Rule(match="layers/mpl/.*", weight="int8"),)
+    assert "layers/mpl" in one_line(lambda: make_setup(tiny.ARCHITECTURE, rules, tiny.TRAIN, mesh))
+
+
+def test_options_of_training_reach_the_model() -> None:
+    train = TrainConfig(compute_dtype="bfloat16", rematerialize="dots", unroll=2)
+    settings = make_setup(tiny.ARCHITECTURE, (), train, make_mesh(MeshConfig())).settings
+    assert (settings.compute_dtype, settings.rematerialize, settings.unroll) == ("bfloat16", "dots", 2)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "sizes", "valid"),
+    ((8, 2, {"data": 2, "fsdp": 2}, None), (6, 1, {"data": 4}, "4, 8, 16, 32"), (12, 2, {"data": 2, "fsdp": 2}, "8, 16, 32")),
+)
+def test_a_batch_must_divide_over_the_mesh(
+    batch_size: int, accumulate: int, sizes: dict[str, int], valid: str | None
+) -> None:
+    experiment = Experiment(train=TrainConfig(batch_size=batch_size, accumulate=accumulate))
+    mesh = make_mesh(MeshConfig(**sizes, tensor=2))
+    assert batch_ways(mesh) == 4
+    if valid is None:
+        require_batch_fits(experiment, mesh)  # raises nothing
+        return
+    line = one_line(lambda: require_batch_fits(experiment, mesh))
+    assert f"train.batch_size={batch_size}" in line and valid in line
+
+
+def test_rows_of_a_batch_are_split_over_data_and_fsdp() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rows = tiny.batch()
+    placed = put_batch(rows, mesh)
+    for host, array in zip(rows, placed, strict=True):
+        np.testing.assert_array_equal(host, array)
+        assert array.sharding.spec == PartitionSpec(("data", "fsdp"))
+        assert array.addressable_shards[0].data.shape == (2, *host.shape[1:])
