@@ -53,6 +53,8 @@ def main() -> None:
 def write(flags: Namespace) -> None:
     """Print what the flags ask for."""
     sampling, seed = Sampling(temperature=flags.temperature), _seed(flags)
+    if flags.task and not flags.checkpoint:
+        raise UserError("--task goes with --checkpoint: a foundation was trained for no task of ours")
     console = make_console(sys.stderr)
     opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line)) if flags.checkpoint else None
     may_change = TO_GENERATE if opened else (*TO_GENERATE, *OF_FOUNDATION)
@@ -88,9 +90,7 @@ def _seed(flags: Namespace) -> int:
 
 def _prompt_ids(flags: Namespace, served: Served, opened: Opened | None) -> tuple[list[int], bool]:
     """Return the ids to go on from, and whether the text had to be cut."""
-    if flags.task:
-        if opened is None:
-            raise UserError("--task goes with --checkpoint: a foundation was trained for no task of ours")
+    if opened and flags.task:
         return question_ids(opened, flags.prompt)
     return (chat_ids if flags.chat else text_ids)(served.tokenizer, flags.prompt), False
 

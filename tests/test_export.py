@@ -11,17 +11,16 @@ import tiny_training as tiny
 from research.config import MeshConfig, Rule
 from research.formats import native
 from research.mesh import make_mesh
-from research.model.placement import layout, place_float
+from research.model.placement import layout
 from research.quant.policy import path_of
 from research.setup import Setup, make_setup
 from research.train.export import place_export, write_export
 from research.train.state import encoded_weights
-from research.train.step import TrainState, make_optimizer, make_state
 from tiny_runs import metadata_on
 from tiny_tokenizers import byte_level
 
 GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a channel, casts, and floats
-    Rule(match="layers/attention/[qkv].*", weight="int8", granularity="group:8"),
+    Rule(match="layers/attention/[qkv].*", weight="int8", granularity="group:4"),
     Rule(match="layers/attention/.*", weight="int8", granularity="tensor"),
     Rule(match="layers/mlp/up_df", weight="bf16"),
     Rule(match="layers/mlp/down_fd", weight="fp16"),
@@ -33,12 +32,6 @@ def setup_on(rules: tuple[Rule, ...], **sizes: int) -> Setup:
     return make_setup(tiny.ARCHITECTURE, rules, tiny.TRAIN, make_mesh(MeshConfig(**sizes)))
 
 
-def state_on(setup: Setup) -> TrainState:
-    tx = make_optimizer(tiny.OPTIMIZER, tiny.TRAIN, setup.policy, setup.table)
-    floats = place_float(tiny.foundation().__getitem__, setup.table, setup.mesh)
-    return make_state(tx, floats, setup.table, setup.mesh)
-
-
 def logical(encoded: object, setup: Setup) -> dict[str, bytes]:
     """Return every array of stored parameters without its padding, as bytes."""
     keyed = {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(encoded)}
@@ -47,8 +40,8 @@ def logical(encoded: object, setup: Setup) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("rules", (tiny.W8A8, GROUPS), ids=("w8a8", "groups"))
 def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
-    setup = setup_on(rules, tensor=4)
-    encoded = encoded_weights(state_on(setup))
+    run = tiny.start(rules, tensor=4)
+    setup, encoded = run.setup, encoded_weights(run.state)
     wanted = logical(encoded, setup)
     size = write_export(
         tmp_path / "export", encoded, setup, tiny.ARCHITECTURE, byte_level(), metadata_on({}, rules) | {"step": 7}
@@ -65,10 +58,9 @@ def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tu
 
 
 def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: Path) -> None:
-    setup = setup_on(tiny.W8A8)
-    encoded = encoded_weights(state_on(setup))
-    metadata = metadata_on({}) | {"step": 7}
-    size = write_export(tmp_path / "export", encoded, setup, tiny.ARCHITECTURE, byte_level(), metadata)
+    run = tiny.start(tiny.W8A8)
+    setup, metadata = run.setup, metadata_on({}) | {"step": 7}
+    size = write_export(tmp_path / "export", encoded_weights(run.state), setup, tiny.ARCHITECTURE, byte_level(), metadata)
     export = native.read(tmp_path / "export")
     assert export.metadata == {key: metadata[key] for key in ("experiment", "foundation", "task", "step")}
     assert export.architecture == tiny.ARCHITECTURE and export.tokenizer == byte_level()
@@ -79,10 +71,10 @@ def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: P
 
 
 def test_an_export_that_is_not_as_its_config_says_is_refused(tmp_path: Path) -> None:
-    setup = setup_on(tiny.W8A8)
+    run = tiny.start(tiny.W8A8)
     metadata = metadata_on({}) | {"step": 7}
     write_export(
-        tmp_path / "export", encoded_weights(state_on(setup)), setup, tiny.ARCHITECTURE, byte_level(), metadata
+        tmp_path / "export", encoded_weights(run.state), run.setup, tiny.ARCHITECTURE, byte_level(), metadata
     )
     export = native.read(tmp_path / "export")
     fp16 = setup_on((Rule(match=".*", weight="fp16"),))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from jax.sharding import Mesh
 
-import tiny_models as tiny
 from research.errors import UserError
 from research.model import generate as module
 from research.model.generate import Sampling, generate, generate_batch
@@ -89,16 +89,16 @@ def test_first_token_is_that_of_transformers() -> None:
 
 
 def test_rows_of_a_batch_are_what_they_are_alone_and_end_by_themselves(w8a8: tiny.Tiny) -> None:
-    prompts = [PROMPT, [9] * 20, [3, 1, 4, 1, 5]]
+    prompts = [PROMPT, list(range(20)), [3, 1, 4, 1, 5]]
     alone = [_greedy(w8a8, prompt, 8) for prompt in prompts]
-    end = alone[1][2]
-    ends = [row.index(end) if end in row else len(row) for row in alone]
-    assert min(ends) < max(ends)
-    steps = list(generate_batch(w8a8.graph, w8a8.served, prompts, max_tokens=8, end_ids=[end]))
-    for row, expected, stop in zip(zip(*steps, strict=True), alone, ends, strict=True):
-        assert list(row) == expected[:stop] + [None] * (len(steps) - stop)
+    end_ids = [alone[0][5], alone[1][2], alone[2][3]]
+    ends = [min(row.index(end) for end in end_ids if end in row) for row in alone]
+    assert len(set(ends)) > 1 and max(ends) < 7
+    steps = list(generate_batch(w8a8.graph, w8a8.served, prompts, max_tokens=8, end_ids=end_ids))
     assert len(steps) == max(ends)  # no step after all have ended
-    assert _greedy(w8a8, prompts[1], 8, end_ids=[end, 999]) == alone[1][: ends[1]]
+    for row, expected, end in zip(zip(*steps, strict=True), alone, ends, strict=True):
+        assert list(row) == expected[:end] + [None] * (len(steps) - end)
+    assert _greedy(w8a8, prompts[0], 8, end_ids=end_ids) == alone[0][: ends[0]]
 
 
 def test_tokens_arrive_one_by_one(w8a8: tiny.Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,12 +134,19 @@ def test_draws_depend_on_seed_and_position_alone(w8a8: tiny.Tiny) -> None:
     assert drawn[4:] == _greedy(w8a8, PROMPT + drawn[:4], 6, sampling=DRAWN, seed=3)
 
 
-def test_meshes_draw_the_same_tokens(w8a8: tiny.Tiny, mesh_of: Callable[..., Mesh]) -> None:
+def test_meshes_draw_the_same_tokens_and_split_the_cache(
+    w8a8: tiny.Tiny, mesh_of: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On 1×2×4 one prompt is fewer than the mesh splits a batch into, and 67 words are padded to 68."""
+    caches, step = [], module._step
+    monkeypatch.setattr(module, "_step", lambda *arguments: caches.append(arguments[3]) or step(*arguments))
     mesh = mesh_of(fsdp=2, tensor=4)
     sharded = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh)
     with jax.set_mesh(mesh):
         found = _greedy(sharded, PROMPT, 10, sampling=DRAWN, seed=3)
+    for part in caches[0] + caches[-1]:
+        assert part.shape == (2, 2, 64, 4, 4)  # two layers, a row for each of fsdp=2, two kv heads for four devices
+        assert part.sharding.shard_shape(part.shape) == (2, 1, 64, 1, 4)
     assert found == _greedy(w8a8, PROMPT, 10, sampling=DRAWN, seed=3)
 
 

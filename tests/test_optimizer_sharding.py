@@ -114,19 +114,21 @@ def test_encoding_moves_maxima_and_no_weights(mesh_of) -> None:
     ("axis_type", "dtype"), [(AxisType.Auto, "bfloat16"), (AxisType.Explicit, "float32")], ids=["auto", "explicit"]
 )
 def test_structure_dtypes_and_shardings_are_stable(mesh_of, axis_type: AxisType, dtype: str) -> None:
-    """Also where no sharding is pinned: what belongs to a weight lies where the weight lies, donated or not."""
+    """Also where a step pins no sharding: what belongs to a weight stays where the weight lies."""
     mesh, spec = mesh_of(fsdp=2, tensor=4, axis_type=axis_type), (None, "fsdp", "tensor")
     tx = optax.chain(optax.clip_by_global_norm(1.0), quantize(optax.adamw(0.01), policy((1, 2, 4))))
     params, grads = place(params_and_gradient(dtype), mesh, spec)
     with jax.set_mesh(mesh):
-        # On Auto axes a compiled init would lay the zeros of the moments out as XLA likes, unless they are pinned.
-        state = (tx.init if axis_type == AxisType.Auto else jax.jit(tx.init))(params)
+        # Pinned at the start: on Auto axes XLA lays zeros, which the moments begin as, out as it likes.
+        beside = NamedSharding(mesh, PartitionSpec(*spec))
+        pinned = jax.tree.map(lambda x: beside if x.shape == SHAPE else None, jax.eval_shape(tx.init, params))
+        state = jax.jit(tx.init, out_shardings=pinned)(params)
         params = jax.jit(project)(state, params)
         kinds, places = jax.tree.map(jax.typeof, (params, state)), shardings((params, state))
         of_weights = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.shape == SHAPE]
         assert len(of_weights) == 3 * len(FORMS) + 2 * len(QUANTIZED), "params, moments; latents, codes"
         for leaf in of_weights:
-            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), 3)
+            assert leaf.sharding.is_equivalent_to(beside, 3)
         step = jax.jit(step_of(tx), donate_argnums=(0, 1))
         for _ in range(2):
             params, state = step(params, state, grads)

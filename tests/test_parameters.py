@@ -20,6 +20,7 @@ from research.model.transformer import Transformer, make_settings
 
 # Written out a second time, on purpose: a letter that the code maps elsewhere fails here.
 SPLIT_OVER = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+SUMMED_OVER = {"o_nhd": "nh", "down_fd": "f", "scale_d": ""}  # "d" of all others
 
 
 def _sizes(fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
@@ -80,6 +81,7 @@ def test_every_split_axis_divides_and_is_padded_least(query: int, kv: int, tenso
     for path, parameter in parameter_table(_heads(query, kv), AxisRules(), sizes).items():
         logical = parameter_table(_heads(query, kv), AxisRules(), _sizes())[path].shape
         assert parameter.padding.logical == logical and parameter.leaf.logical == logical
+        assert parameter.contract == SUMMED_OVER.get(path.split("/")[-1], "d")
         for letter, size, whole, entry, shards in zip(
             parameter.axes, parameter.shape, logical, parameter.spec, parameter.shards, strict=True
         ):
@@ -147,25 +149,19 @@ def _check_pieces(array: jax.Array, ways: list[int]) -> None:
     assert len({str(shard.index) for shard in array.addressable_shards}) == np.prod(ways)
 
 
-def test_initial_weights_are_those_of_one_device_laid_out_and_padded(mesh_of: Callable[..., Mesh]) -> None:
-    found = []
-    for mesh in (mesh_of(), mesh_of(fsdp=2, tensor=4)):
-        settings = make_settings(replace(tiny.GQA_10_2, layers=1), mesh_sizes=dict(mesh.shape))
-        with jax.set_mesh(mesh):
-            model = nnx.jit(lambda settings=settings: Transformer(settings, nnx.Rngs(0)))()
-        found.append((settings.table, {path: v.get_value() for path, v in tiny.by_path(model).items()}))
-    (_, single), (table, sharded) = found
-    for path, parameter in table.items():
-        _check_pieces(sharded[path], list(parameter.shards))
-        padded = np.asarray(sharded[path])
-        np.testing.assert_array_equal(parameter.padding.unpad(padded), single[path])
-        assert not padded[~parameter.padding.mask()].any()
+def test_initial_weights_are_laid_out_and_scaled_by_what_they_sum(mesh_of: Callable[..., Mesh]) -> None:
+    mesh = mesh_of(tensor=4)
+    settings = make_settings(replace(tiny.GQA_10_2, layers=1), mesh_sizes=dict(mesh.shape))
+    with jax.set_mesh(mesh):
+        model = nnx.jit(lambda: Transformer(settings, nnx.Rngs(0)))()
+    for path, param in tiny.by_path(model).items():
+        parameter, array = settings.table[path], param.get_value()
+        _check_pieces(array, list(parameter.shards))
+        logical = parameter.padding.unpad(np.asarray(array))
+        assert not np.asarray(array)[~parameter.padding.mask()].any()
+        sizes = dict(zip(parameter.axes, logical.shape, strict=True))
+        summed = np.prod([sizes[letter] for letter in SUMMED_OVER.get(path.split("/")[-1], "d")])
         if parameter.contract:
-            fan_in = np.prod(
-                [
-                    n
-                    for letter, n in zip(parameter.axes, single[path].shape, strict=True)
-                    if letter in parameter.contract
-                ]
-            )
-            assert np.std(single[path]) == pytest.approx(fan_in**-0.5, rel=0.2)
+            assert np.std(logical) == pytest.approx(summed**-0.5, rel=0.2)
+        else:
+            assert (logical == 1).all()

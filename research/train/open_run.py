@@ -98,12 +98,14 @@ def open_checkpoint(path: Path) -> ModelSource | None:
     opened = open_trained(path)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     setup = make_setup(opened.architecture, opened.experiment.quantization, opened.experiment.train, mesh)
-    weights = opened.weights(setup)
+    with jax.set_mesh(mesh):  # whatever mesh the run to come has set
+        weights = opened.weights(setup)
     leaves = {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_encoded)}
 
     def read(name: str) -> np.ndarray:
         leaf = leaves[name]
-        values = leaf.decode() if isinstance(leaf, Encoded) else leaf
+        with jax.set_mesh(mesh):
+            values = leaf.decode() if isinstance(leaf, Encoded) else leaf
         return unplace(name, values, setup.table).astype(np.float32)
 
     return ModelSource(

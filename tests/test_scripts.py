@@ -1,0 +1,490 @@
+"""The real commands on a tiny model: what a user types, what is printed and left behind, and how it ends.
+
+Whatever trains or is killed runs as a process of its own; mistakes are made in this process, where they cost nothing.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from research.errors import run_script
+from research.run_folder import SUMMARY_KEYS
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+PATIENCE = 300  # seconds for a process to get somewhere, many times what it takes
+
+CONFIG = f'''
+from research.config import CheckpointConfig, EvaluationConfig, Experiment, MeshConfig, OptimizerConfig, Rule
+from research.config import TaskConfig, TrainConfig
+
+def get_config():
+    return Experiment(
+        foundation={str(ROOT / "tests" / "fixtures" / "gqa_9_3")!r},
+        mesh=MeshConfig(tensor=2),
+        task=TaskConfig(name="own_data", path="messages.jsonl", lengths=(64,), prompt="{{text}}"),
+        quantization=(Rule(match="layers/(attention|mlp)/.*|embed/table_vd", weight="int8", activation="int8"),),
+        optimizer=OptimizerConfig(learning_rate=1e-2, final_fraction=1.0),
+        train=TrainConfig(steps={STEPS}, batch_size=8, accumulate=2),
+        evaluation=EvaluationConfig(batch_size=8, bootstrap_samples=50),
+        checkpoint=CheckpointConfig(every_steps=4),
+    )
+'''
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: exit code and output."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The JSON object in the last line printed."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a user who set nothing, but for a cache of compiled programs that the processes share."""
+    ours = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_", "COLUMNS"))}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {**ours, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+
+
+def start(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    """Start a script in a folder, as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        cwd=folder,
+        env=environment(folder, **env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    """Wait for a process."""
+    out, err = process.communicate(timeout=PATIENCE)
+    return Done(process.returncode, out, err)
+
+
+def run(folder: Path, script: str, *arguments: str, **env: str) -> Done:
+    """Run a script to its end, which must be a good one."""
+    done = finish(start(folder, script, *arguments, **env))
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    return done
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds, while the process runs."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, finish(process)
+        time.sleep(0.01)
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in run_folder.glob("checkpoints/*/manifest.json") if path.parent.name.isdigit())
+
+
+def losses(run_folder: Path) -> list[float]:
+    """Return the losses of a run's steps, of which each must have one line."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip_a_byte(checkpoint: Path) -> Path:
+    """Change one byte in the largest file of a checkpoint's weights."""
+    file = max((path for path in (checkpoint / "weights").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a config and data."""
+    path = tmp_path_factory.mktemp("project")
+    (path / "tiny.py").write_text(CONFIG)
+    words = np.random.default_rng(0)
+    rows = []
+    for number in range(100):
+        label = "spam" if number % 2 else "ham"
+        text = " ".join(words.choice({"spam": ["free", "cash", "prize"], "ham": ["lunch", "you", "see"]}[label], 4))
+        rows.append(json.dumps({"text": f"{text} {number}", "label": label}))
+    (path / "messages.jsonl").write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> tuple[Path, Done]:
+    """A finished run, and what it printed."""
+    done = run(folder, "finetune.py", "--config", "tiny.py")
+    return folder / "runs" / "tiny", done
+
+
+@pytest.fixture(scope="module")
+def summary(trained: tuple[Path, Done]) -> dict[str, Any]:
+    return json.loads((trained[0] / "summary.json").read_text())
+
+
+def test_finetune_leaves_a_run(trained: tuple[Path, Done], summary: dict[str, Any]) -> None:
+    path, done = trained
+    assert done.err == ""
+    for part in ("Mesh:", "query heads 9 → 12", "Training", f"{STEPS}/{STEPS}", "majority class", "w8a8 forward"):
+        assert part in done.out
+    for script in ("evaluate.py", "generate.py", "export.py", "finetune.py"):
+        assert f"python scripts/{script} --c" in done.out
+    for name in ("config.json", "predictions.jsonl", "loss.png", "export/model.safetensors", "tensorboard"):
+        assert (path / name).exists()
+    assert [int(step.name) for step in checkpoints(path)] == [4, 8]
+    assert summary.keys() >= set(SUMMARY_KEYS)
+    assert summary["quantized"] == summary["finetuned"] and summary["loss_quantized"] == summary["loss_finetuned"]
+    assert summary["loss_finetuned"] < summary["loss_foundation"]
+    assert (summary["steps"], summary["mesh"]) == (STEPS, {"data": 1, "fsdp": 1, "tensor": 2})
+    assert summary["bytes_quantized"] == (path / "export" / "model.safetensors").stat().st_size
+    assert len(losses(path)) == STEPS
+
+
+@pytest.fixture(scope="module")
+def stopped(folder: Path, trained: tuple[Path, Done]) -> tuple[Path, Done]:
+    """A run that was killed, resumed, and asked to stop by SIGTERM before its end; with the end of the latter."""
+    path = folder / "runs" / "stopped"
+    arguments = ("--config", "tiny.py", "--config.run=stopped", "--config.checkpoint.every_steps=1")
+    process = start(folder, "finetune.py", *arguments)
+    wait_for(process, lambda: len(checkpoints(path)) == 2)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process).code == -signal.SIGKILL
+    killed_at = int(checkpoints(path)[-1].name)
+    assert killed_at < STEPS - 1
+    process = start(folder, "finetune.py", *arguments, "--resume")
+    wait_for(process, lambda: int(checkpoints(path)[-1].name) > killed_at)
+    process.send_signal(signal.SIGTERM)
+    return path, finish(process)
+
+
+def test_sigterm_saves_first(stopped: tuple[Path, Done]) -> None:
+    path, done = stopped
+    last = int(checkpoints(path)[-1].name)
+    assert (done.code, done.err) == (1, f"stopped after step {last} of {STEPS}; it is saved, and --resume goes on from there\n")
+    assert last < STEPS and len(losses(path)) == last
+    assert not (path / "summary.json").exists()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    folder: Path, trained: tuple[Path, Done], stopped: tuple[Path, Done], summary: dict[str, Any]
+) -> None:
+    """Killed, stopped, its newest checkpoint damaged, and resumed each time: not a bit differs."""
+    path, _ = stopped
+    damaged = flip_a_byte(checkpoints(path)[-1])
+    arguments = ("--config", "tiny.py", "--config.run=stopped", "--config.checkpoint.every_steps=1", "--resume")
+    done = run(folder, "finetune.py", *arguments)
+    assert f"{damaged.name} has changed content" in done.out and "Resume: from step" in done.out
+    assert losses(path) == losses(trained[0])
+    assert digest(path / "export" / "model.safetensors") == digest(trained[0] / "export" / "model.safetensors")
+    found = json.loads((path / "summary.json").read_text())
+    assert found["results"] == summary["results"]
+
+
+def test_a_finished_run_goes_on_on_another_mesh_with_more_steps(
+    folder: Path, trained: tuple[Path, Done]
+) -> None:
+    """The learning rate is constant here, so that a run of fewer steps is the beginning of a longer one."""
+    path = folder / "runs" / "moved"
+    shutil.copytree(trained[0], path)
+    shutil.rmtree(checkpoints(path)[-1])
+    arguments = ("--config", "tiny.py", "--config.run=moved", "--resume", f"--config.train.steps={STEPS + 1}")
+    done = run(folder, "finetune.py", *arguments, "--config.mesh.tensor=1", "--config.mesh.data=2")
+    assert "lines after step 4 are dropped" in done.out
+    found, wanted = losses(path), losses(trained[0])
+    assert len(found) == STEPS + 1 and found[:4] == wanted[:4]
+    np.testing.assert_allclose(found[4], wanted[4], rtol=1e-3)  # docs/decisions/0001-numerics.md
+    np.testing.assert_allclose(found[5:STEPS], wanted[5:], rtol=2e-2)  # and it grows with the steps
+    summary = json.loads((path / "summary.json").read_text())
+    assert (summary["steps"], summary["mesh"]) == (STEPS + 1, {"data": 2, "fsdp": 1, "tensor": 1})
+    config = json.loads((path / "config.json").read_text())
+    assert config["mesh"] == summary["mesh"] and config["train"]["steps"] == STEPS + 1
+
+
+METRICS = ("loss", "macro_f1", "accuracy")
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder: Path, trained: tuple[Path, Done]) -> dict[str, Any]:
+    """What evaluate.py says of the run with nothing else given."""
+    return run(folder, "evaluate.py", "--checkpoint", "runs/tiny").last
+
+
+def test_evaluation_repeats_the_summary(evaluated: dict[str, Any], summary: dict[str, Any]) -> None:
+    assert evaluated["loss"] == summary["loss_finetuned"] and evaluated["macro_f1"] == summary["finetuned"]
+    assert evaluated["accuracy"] == summary["results"]["finetuned"]["accuracy"]["value"]
+    assert evaluated["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2} and evaluated["task"].startswith("own_data")
+    assert evaluated["tokens"] > evaluated["examples"] > 0
+
+
+def test_evaluation_on_the_devices_that_the_user_simulates(folder: Path, evaluated: dict[str, Any]) -> None:
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    newest = checkpoints(folder / "runs" / "tiny")[-1].relative_to(folder)
+    arguments = ("--checkpoint", str(newest), "--config.mesh.data=2", "--config.mesh.tensor=-1")
+    found = run(folder, "evaluate.py", *arguments, **eight).last
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-3)  # docs/decisions/0001-numerics.md
+    assert abs(found["accuracy"] - evaluated["accuracy"]) <= 1 / evaluated["examples"]
+    done = finish(start(folder, "evaluate.py", "--checkpoint", str(newest), "--config.mesh.data=16", **eight))
+    check_mistake(done, "data=16 fsdp=1 tensor=2 needs 32 devices, 8 found")
+
+
+def test_a_mistake_in_a_process_of_its_own(folder: Path) -> None:
+    done = finish(start(folder, "finetune.py", "--config", "tiny.py", "--config.task.lenghts=32"))
+    check_mistake(done, "--config.task.lenghts: no such field; did you mean 'task.lengths'?")
+
+
+@pytest.fixture(scope="module")
+def answered(folder: Path, trained: tuple[Path, Done]) -> Done:
+    """What the trained model says about a message."""
+    arguments = ("--task", "--prompt", "free cash prize 7", "--config.mesh.tensor=1")
+    return run(folder, "generate.py", "--checkpoint", "runs/tiny", *arguments)
+
+
+def test_the_answer_is_a_label_and_all_that_is_printed(answered: Done) -> None:
+    assert answered.out == "spam\n"
+    assert "the model ended it" in answered.err.splitlines()[-1]
+
+
+# From here on: in this process, whose eight devices are there already.
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """Return `call(script, *arguments)`: run a script in the user's folder, in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # as they are; the scripts then set nothing
+
+    def command(script: str, *arguments: str) -> Done:
+        path = ROOT / "scripts" / script
+        spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        spec.loader.exec_module(module)
+        capsys.readouterr()
+        code = 0
+        try:
+            run_script(module.main)
+        except SystemExit as left:
+            assert isinstance(left.code, int | None)
+            code = left.code or 0
+        return Done(code, *capsys.readouterr())
+
+    yield command
+    signal.signal(signal.SIGTERM, handler)
+
+
+Call = Callable[..., Done]
+
+
+def test_evaluation_of_the_export_is_that_of_the_run(
+    trained: tuple[Path, Done], evaluated: dict[str, Any], call: Call
+) -> None:
+    assert call("evaluate.py", "--checkpoint", "runs/tiny/export").last == evaluated
+
+
+def test_the_export_script_writes_what_the_run_exported(folder: Path, trained: tuple[Path, Done], call: Call) -> None:
+    arguments = ("--checkpoint", "runs/tiny", "--format", "safetensors")
+    done = call("export.py", *arguments)
+    assert done.code == 0 and f"runs/tiny/export-step-{STEPS}: step {STEPS}" in done.out
+    ours, theirs = trained[0] / f"export-step-{STEPS}", trained[0] / "export"
+    assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert digest(ours / name) == digest(theirs / name)
+    check_mistake(call("export.py", *arguments), f"export-step-{STEPS} exists already")
+    check_mistake(call("export.py", "--checkpoint", "runs/tiny/export", *arguments[2:]), "--output")
+    early = call("export.py", "--checkpoint", "runs/tiny/checkpoints/00000004", *arguments[2:], "--output", "early")
+    assert early.code == 0 and digest(folder / "early" / "model.safetensors") != digest(ours / "model.safetensors")
+
+
+def test_the_untouched_foundation_is_evaluated(folder: Path, summary: dict[str, Any], call: Call) -> None:
+    foundation = ("--foundation", str(ROOT / "tests" / "fixtures" / "gqa_9_3"))
+    task = call("evaluate.py", *foundation, "--config", "tiny.py").last
+    assert task["loss"] == summary["loss_foundation"] and task["macro_f1"] == summary["foundation"]
+    (folder / "text.txt").write_text("A text with nothing but words, and then some more of them.")
+    text = call("evaluate.py", *foundation, "--text", "text.txt").last
+    assert text.keys() == {"loss", "tokens", "mesh", "perplexity", "window"}
+    assert text["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and text["perplexity"] == pytest.approx(np.exp(text["loss"]))
+    windows = call("evaluate.py", *foundation, "--text", "text.txt", "--window", "8", "--config.mesh.data=2").last
+    assert windows["tokens"] < text["tokens"] and windows["window"] == 8
+
+
+def test_generation(trained: tuple[Path, Done], answered: Done, call: Call) -> None:
+    def write(*arguments: str) -> Done:
+        done = call("generate.py", *arguments, "--config.mesh.tensor=1")
+        assert done.code == 0, done.err
+        return done
+
+    # This task's prompt is the message alone, so a chat with it is the same question.
+    chat = write("--checkpoint", "runs/tiny/export", "--chat", "--prompt", "free cash prize 7")
+    assert (chat.out, chat.err.splitlines()[-1]) == (answered.out, answered.err.splitlines()[-1])
+    text = ("--foundation", str(ROOT / "tests" / "fixtures" / "gqa_9_3"), "--prompt", "A text", "--max-tokens", "9")
+    first, second = (write(*text, "--temperature", "5", "--seed", seed) for seed in "12")
+    assert first.out != second.out and len(first.out) > 1
+    assert "9 tokens; it is cut off: --max-tokens=9" in first.err
+
+
+def test_a_dry_run_trains_nothing_and_leaves_nothing(folder: Path, call: Call) -> None:
+    before = sorted(folder.rglob("*"))
+    done = call("finetune.py", "--config", "tiny.py", "--config.run=dry", "--dry-run", "--config.mesh.tensor=4")
+    assert (done.code, done.err) == (0, "") and sorted(folder.rglob("*")) == before
+    for part in ("tensor=4", "query heads 9 → 12", "int8 channel", "memory on each of 4 devices"):
+        assert part in done.out
+    assert "Training" not in done.out
+
+
+@pytest.mark.parametrize("script", ("finetune.py", "evaluate.py", "export.py", "generate.py"))
+def test_help_has_an_example(script: str, call: Call) -> None:
+    done = call(script, "--help")
+    assert done.code == 0 and "example:" in done.out and f"python scripts/{script} --" in done.out
+
+
+def check_mistake(done: Done, *parts: str) -> None:
+    """A user's mistake is one line on stderr that holds `parts`, and exit code 2."""
+    assert done.code == 2, (done.out, done.err)
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
+    assert "Traceback" not in done.out + done.err
+    for part in parts:
+        assert part in done.err, done.err
+
+
+FLAGS = {
+    "unknown field": ("--config.optimizer.learning_rat=1", "did you mean 'optimizer.learning_rate'"),
+    "wrong type": ("--config.train.steps=many", "--config.train.steps=many: give an integer"),
+    "impossible value": ("--config.train.steps=0", "train.steps=0: give 1 or more"),
+    "unknown flag": ("--resum", "did you mean '--resume'"),
+    "too many devices": ("--config.mesh.tensor=16", "needs 16 devices, 8 found; valid data×fsdp×tensor: 1×1×8"),
+    "odd batch": ("--config.mesh.data=3 --config.mesh.tensor=1", "valid sizes of train.batch_size: 6, 12, 24, 48"),
+    "misspelt foundation": ("--config.foundation=smollm2-135m-instruc", "did you mean 'smollm2-135m-instruct'"),
+    "no foundation in a directory": ("--config.foundation=.", "holds neither config.json"),
+    "a file that is no foundation": ("--config.foundation=messages.jsonl", "messages.jsonl"),
+    "missing data": ("--config.task.path=message.jsonl", "did you mean 'messages.jsonl'"),
+    "no run to resume": ("--resume", "runs/bad holds no run"),
+    "name out of runs/": ("--config.run=../elsewhere", "give the name of a folder below runs/"),
+    "lengths too small": ("--config.task.lengths=4,8", "task.lengths"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_mistakes_in_flags(name: str, folder: Path, call: Call) -> None:
+    flags, part = FLAGS[name]
+    run_name = [] if "--config.run" in flags else ["--config.run=bad"]
+    check_mistake(call("finetune.py", "--config", "tiny.py", *run_name, *flags.split()), part)
+    assert not (folder / "runs" / "bad" / "config.json").exists()  # nothing is in the way of the next attempt
+
+
+CONFIGS = {
+    "does not parse": ("def get_config(:", "bad.py:1: does not parse"),
+    "raises": ("def get_config():\n    return 1 / 0", "bad.py:2: raised ZeroDivisionError"),
+    "returns nothing": ("def get_config():\n    pass", "returned None (is a `return` missing?)"),
+    "returns something else": ("def get_config():\n    return {}", "returned a dict, not an Experiment"),
+    "defines nothing": ("", "defines no function get_config()"),
+    "unknown field": (CONFIG.replace("steps=", "step="), "TrainConfig has no field 'step'; did you mean 'steps'"),
+    "rule that matches nothing": (CONFIG.replace("embed/", "embd/").replace("layers/(attention|mlp)/.*|", ""), "embd/"),
+    "unknown grid": (CONFIG.replace('weight="int8"', 'weight="int7"'), "did you mean 'int8'"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mistakes_in_configs(name: str, folder: Path, call: Call) -> None:
+    text, part = CONFIGS[name]
+    (folder / "bad.py").write_text(text)
+    check_mistake(call("finetune.py", "--config", "bad.py"), part)
+    (folder / "bad.py").unlink()
+    assert not (folder / "runs" / "bad" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    (("{broken", "JSON"), ('{"text": "no label"}', "label"), ('{"text": 3, "label": "ham"}', "text"), ('["a"]', "")),
+)
+def test_a_bad_data_row_is_named(line: str, reason: str, folder: Path, call: Call) -> None:
+    rows = (folder / "messages.jsonl").read_text().splitlines()
+    (folder / "bad.jsonl").write_text("\n".join([*rows[:41], line, *rows[41:]]))
+    flags = ("--config", "tiny.py", "--config.run=bad", "--config.task.path=bad.jsonl")
+    check_mistake(call("finetune.py", *flags), "bad.jsonl:42: ", reason)
+
+
+def test_runs_are_neither_overwritten_nor_continued_as_others(
+    folder: Path, trained: tuple[Path, Done], call: Call
+) -> None:
+    before = {file: digest(file) for file in trained[0].rglob("*") if file.is_file()}
+    check_mistake(call("finetune.py", "--config", "tiny.py"), "runs/tiny already holds a run", "--resume", "--config.run=NAME")
+    resume = ("--config", "tiny.py", "--resume")
+    changed = ("--config.optimizer.learning_rate=1", "--config.task.test_examples=3", "--config.mesh.tensor=1")
+    check_mistake(call("finetune.py", *resume, *changed), "task.test_examples, optimizer.learning_rate;")
+    check_mistake(call("finetune.py", "--config", "tin.py"), "did you mean 'tiny.py'")
+    assert {file: digest(file) for file in trained[0].rglob("*") if file.is_file()} == before
+
+
+def test_mistakes_with_models(folder: Path, trained: tuple[Path, Done], call: Call) -> None:
+    path = folder / "runs" / "damaged"
+    shutil.copytree(trained[0], path)
+    newest = checkpoints(path)[-1]
+    damaged = flip_a_byte(newest)
+    export = path / "export" / "model.safetensors"
+    export.write_bytes(export.read_bytes()[:-1])
+    for script, more in (("evaluate.py", ()), ("generate.py", ("--prompt", "x")), ("export.py", ("--format", "safetensors"))):
+        check_mistake(call(script, "--checkpoint", str(newest), *more), damaged.name, "changed content")
+        check_mistake(call(script, "--checkpoint", "runs/tin", *more), "no such directory")
+        check_mistake(call(script, "--checkpoint", "runs/damaged/export", *more), "model.safetensors is damaged")
+    for flags, part in (
+        ("--checkpoint runs/tiny --config tiny.py", "--config goes with --foundation"),
+        ("--checkpoint runs/tiny --foundation x", "not allowed with"),
+        ("--checkpoint runs/tiny --window 3", "--window goes with --text"),
+        ("--checkpoint runs/tiny --config.train.steps=3", "--config.train.steps can't be changed here"),
+        ("--checkpoint runs/tiny --text missing.txt", "--text missing.txt"),
+        ("--foundation x", "give what to score"),
+        ("--config tiny.py", "--checkpoint --foundation is required"),
+    ):
+        check_mistake(call("evaluate.py", *flags.split()), part)
+    for flags, part in (
+        ("--foundation x --task", "--task goes with --checkpoint"),
+        ("--checkpoint runs/tiny --seed 3", "--seed 3 has no effect at temperature 0"),
+        ("--checkpoint runs/tiny --temperature -1", "temperature=-1.0"),
+        ("--checkpoint runs/tiny --max-tokens 1000", "exceed the model's context of 128"),
+        ("--checkpoint runs/tiny --chat --task", "not allowed with"),
+    ):
+        check_mistake_after_lines(call("generate.py", *flags.split(), "--prompt", "x"), part)
+
+
+def check_mistake_after_lines(done: Done, part: str) -> None:
+    """As `check_mistake`, where lines about the model may have been printed before."""
+    *before, last = done.err.splitlines()
+    check_mistake(Done(done.code, done.out, f"{last}\n"), part)
+    assert not any(line.startswith("error") for line in before)
