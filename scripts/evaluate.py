@@ -63,7 +63,7 @@ def _experiment(flags: Namespace, trained: Experiment | None) -> Experiment:
     if trained is not None:
         if flags.config:
             raise UserError(
-                "--config goes with --foundation; a checkpoint has its own: change a field, as in --config.mesh.tensor=2"
+                "--config goes with --foundation; a checkpoint has its own (change fields: --config.mesh.tensor=2)"
             )
         return with_overrides(trained, flags.overrides, TO_EVALUATE)
     if flags.config:

@@ -42,10 +42,14 @@ def main() -> None:
     model.add_argument("--foundation", metavar="NAME", help="a registered name, directory, GGUF file or hf://org/name")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--chat", action="store_true", help="TEXT is a user's message, to be answered, with nothing around it")
+    form.add_argument(
+        "--chat", action="store_true", help="TEXT is a user's message, to be answered, with nothing around it"
+    )
     form.add_argument("--task", action="store_true", help="ask about TEXT what the model was trained to answer")
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"default: {MOST_TOKENS}, less where no more fit")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the most probable token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, the most probable token"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling at a temperature above 0; default: 0")
     write(parse_arguments(parser))
 
@@ -56,7 +60,11 @@ def write(flags: Namespace) -> None:
     if flags.task and not flags.checkpoint:
         raise UserError("--task goes with --checkpoint: a foundation was trained for no task of ours")
     console = make_console(sys.stderr)
-    opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line)) if flags.checkpoint else None
+    opened = (
+        open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
+        if flags.checkpoint
+        else None
+    )
     may_change = TO_GENERATE if opened else (*TO_GENERATE, *OF_FOUNDATION)
     experiment = with_overrides(opened.experiment if opened else Experiment(), flags.overrides, may_change)
     prepare_devices(experiment.mesh)
@@ -74,7 +82,9 @@ def write(flags: Namespace) -> None:
         room = served.setup.settings.architecture.context - len(ids)
         most = min(MOST_TOKENS, max(1, room)) if flags.max_tokens is None else flags.max_tokens
         ends = served.tokenizer.end_ids
-        tokens = generate(served.setup.graph, served.weights, ids, max_tokens=most, end_ids=ends, sampling=sampling, seed=seed)
+        tokens = generate(
+            served.setup.graph, served.weights, ids, max_tokens=most, end_ids=ends, sampling=sampling, seed=seed
+        )
         count = _print(served, ids, tokens)
     ended = f"it is cut off: --max-tokens={most}" if count == most else "the model ended it"
     say(console, "Written", f"{count} tokens; {ended}")

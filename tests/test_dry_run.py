@@ -4,8 +4,8 @@ import io
 
 import jax
 import pytest
-
 import tiny_training as tiny
+
 from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.mesh import make_mesh
 from research.model.placement import bytes_per_device, place_float

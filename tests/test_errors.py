@@ -1,4 +1,4 @@
-"""How a script ends: one line and an exit code for what the user can mend or asked for, a traceback for our mistakes."""
+"""How a script ends: one line and an exit code for mistakes of the user's and stops, a traceback for our own mistakes."""
 
 import os
 import signal

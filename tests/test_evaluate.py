@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny_training as tiny
 from checkpoints import one_line
 from flax import nnx
+from tiny_tokenizers import byte_level
 
-import tiny_training as tiny
 from research.config import MeshConfig, Rule, TaskConfig
 from research.evaluate import Examples, evaluate_text, load_examples, make_score, score_examples, score_text
 from research.mesh import make_mesh
@@ -24,7 +25,6 @@ from research.tasks.encoding import EncodedExamples
 from research.tasks.task import Task
 from research.train.serve import Served
 from research.train.state import encoded_weights, serving_weights
-from tiny_tokenizers import byte_level
 
 MIXED = (  # every kind of product in one program: fp16 weights, weight-only int8, int8 with int8
     Rule(match="layers/attention/.*", weight="fp16"),
@@ -148,7 +148,10 @@ def test_text_files_that_cannot_be_scored(tmp_path: Path) -> None:
 
 
 def test_cut_texts_are_counted_and_said(tmp_path: Path) -> None:
-    rows = [f'{{"text": "message {n} {"long " * (n % 3) * 20}", "label": "{"spam" if n % 2 else "ham"}"}}' for n in range(90)]
+    rows = [
+        f'{{"text": "message {n} {"long " * (n % 3) * 20}", "label": "{"spam" if n % 2 else "ham"}"}}'
+        for n in range(90)
+    ]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(rows))
     stream, lines = io.StringIO(), []

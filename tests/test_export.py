@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoints import bits, one_line
-
 import tiny_training as tiny
+from checkpoints import bits, one_line
+from tiny_runs import metadata_on
+from tiny_tokenizers import byte_level
+
 from research.config import MeshConfig, Rule
 from research.formats import native
 from research.mesh import make_mesh
@@ -16,8 +18,6 @@ from research.quant.policy import path_of
 from research.setup import Setup, make_setup
 from research.train.export import place_export, write_export
 from research.train.state import encoded_weights
-from tiny_runs import metadata_on
-from tiny_tokenizers import byte_level
 
 GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a channel, casts, and floats
     Rule(match="layers/attention/[qkv].*", weight="int8", granularity="group:4"),
@@ -60,7 +60,9 @@ def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tu
 def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: Path) -> None:
     run = tiny.start(tiny.W8A8)
     setup, metadata = run.setup, metadata_on({}) | {"step": 7}
-    size = write_export(tmp_path / "export", encoded_weights(run.state), setup, tiny.ARCHITECTURE, byte_level(), metadata)
+    size = write_export(
+        tmp_path / "export", encoded_weights(run.state), setup, tiny.ARCHITECTURE, byte_level(), metadata
+    )
     export = native.read(tmp_path / "export")
     assert export.metadata == {key: metadata[key] for key in ("experiment", "foundation", "task", "step")}
     assert export.architecture == tiny.ARCHITECTURE and export.tokenizer == byte_level()
@@ -73,9 +75,7 @@ def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: P
 def test_an_export_that_is_not_as_its_config_says_is_refused(tmp_path: Path) -> None:
     run = tiny.start(tiny.W8A8)
     metadata = metadata_on({}) | {"step": 7}
-    write_export(
-        tmp_path / "export", encoded_weights(run.state), run.setup, tiny.ARCHITECTURE, byte_level(), metadata
-    )
+    write_export(tmp_path / "export", encoded_weights(run.state), run.setup, tiny.ARCHITECTURE, byte_level(), metadata)
     export = native.read(tmp_path / "export")
     fp16 = setup_on((Rule(match=".*", weight="fp16"),))
     assert "embed/table_vd is int8/channel in the export, and its config says fp16" in one_line(

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny_training as tiny
 from checkpoints import one_line
 
-import tiny_training as tiny
 from research.config import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig, MeshConfig, TrainConfig
 from research.mesh import make_mesh
 from research.report import make_console
@@ -128,7 +128,12 @@ def test_checkpoints_lines_and_validations_come_when_due_and_at_the_end() -> Non
     seen.run(experiment(7, save_every=3, log_every=4, validate_every=2), validate=True)
     assert seen.validated == [2, 4, 6, 7]
     assert seen.saved == [(3, None), (6, 0.6), (7, 0.7)]
-    assert [(step, line.get("validation_loss")) for step, line in seen.lines] == [(2, 0.2), (4, 0.4), (6, 0.6), (7, 0.7)]
+    assert [(step, line.get("validation_loss")) for step, line in seen.lines] == [
+        (2, 0.2),
+        (4, 0.4),
+        (6, 0.6),
+        (7, 0.7),
+    ]
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

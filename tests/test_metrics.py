@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_training as tiny
 from flax import nnx
 
-import tiny_training as tiny
 from research.architecture import Architecture
 from research.config import MeshConfig
 from research.mesh import make_mesh
@@ -30,9 +30,7 @@ def batch() -> Batch:
     shape = (tiny.ROWS, SLOTS)
     source_ba = rng.integers(0, tiny.LENGTH, shape).astype(np.int32)
     target_ba = rng.integers(0, tiny.ARCHITECTURE.vocabulary, shape).astype(np.int32)
-    return rows._replace(
-        source_ba=source_ba, target_ba=target_ba, answer_ba=rng.integers(0, 2, shape).astype(np.int32)
-    )
+    return rows._replace(source_ba=source_ba, target_ba=target_ba, answer_ba=rng.integers(0, 2, shape).astype(np.int32))
 
 
 def float_setup(tensor: int) -> tuple[Setup, Any]:
@@ -102,7 +100,7 @@ LARGE = Architecture(
 
 
 def test_full_logits_never_exist() -> None:
-    """In the compiled gradient, the largest array over the vocabulary is the logits of one chunk, a quarter a device."""
+    """The largest array over the vocabulary in the compiled gradient is one chunk of logits, a quarter on each device."""
     b, t, a, per_row = 4, 10, 6, 2
     mesh = make_mesh(MeshConfig(tensor=4))
     setup = make_setup(LARGE, (), tiny.TRAIN, mesh)

@@ -6,17 +6,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoints import bits, one_line
-
 import tiny_training as tiny
+from checkpoints import bits, one_line
+from tiny_runs import metadata_on, save
+from tiny_tokenizers import byte_level
+
 from research.architecture import Architecture
 from research.model.placement import unplace
 from research.quant.nodes import is_encoded
 from research.train.export import write_export
 from research.train.open_run import Opened, open_checkpoint, open_trained
 from research.train.state import encoded_weights
-from tiny_runs import metadata_on, save
-from tiny_tokenizers import byte_level
 
 SIZES = {"tensor": 4}
 

@@ -4,9 +4,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_training as tiny
 from jax.sharding import PartitionSpec
 
-import tiny_training as tiny
 from research.config import MeshConfig
 from research.mesh import make_mesh
 from research.model.placement import (
@@ -91,7 +91,9 @@ def test_a_foundation_is_read_leaf_by_leaf_and_each_device_holds_its_shard(setup
     )
     assert bytes_per_device(params) == shards < sum(w.nbytes for w in weights.values()) / 4
     assert bytes_per_device({}) == 0
-    assert [leaf.sharding for leaf in jax.tree.leaves(params)] == jax.tree.leaves(shardings(params, setup.table, setup.mesh))
+    assert [leaf.sharding for leaf in jax.tree.leaves(params)] == jax.tree.leaves(
+        shardings(params, setup.table, setup.mesh)
+    )
 
 
 def test_abstract_trees_tell_shape_dtype_and_place(setup: Setup) -> None:

@@ -1,107 +1,35 @@
-"""The real commands on a tiny model: what a user types, what is printed and left behind, and how it ends.
-
-Whatever trains or is killed runs as a process of its own; mistakes are made in this process, where they cost nothing.
-"""
+"""The real commands on a tiny model: what a user types, what is printed and left behind, and how it ends."""
 
 import hashlib
-import importlib.util
+import io
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import (
+    FOUNDATION,
+    STEPS,
+    Call,
+    Done,
+    calls_in,
+    check_mistake,
+    finish,
+    load,
+    make_project,
+    run,
+    start,
+    wait_for,
+)
+from tiny_tokenizers import byte_level
 
-from research.errors import run_script
 from research.run_folder import SUMMARY_KEYS
-
-ROOT = Path(__file__).parents[1]
-STEPS = 8
-PATIENCE = 300  # seconds for a process to get somewhere, many times what it takes
-
-CONFIG = f'''
-from research.config import CheckpointConfig, EvaluationConfig, Experiment, MeshConfig, OptimizerConfig, Rule
-from research.config import TaskConfig, TrainConfig
-
-def get_config():
-    return Experiment(
-        foundation={str(ROOT / "tests" / "fixtures" / "gqa_9_3")!r},
-        mesh=MeshConfig(tensor=2),
-        task=TaskConfig(name="own_data", path="messages.jsonl", lengths=(64,), prompt="{{text}}"),
-        quantization=(Rule(match="layers/(attention|mlp)/.*|embed/table_vd", weight="int8", activation="int8"),),
-        optimizer=OptimizerConfig(learning_rate=1e-2, final_fraction=1.0),
-        train=TrainConfig(steps={STEPS}, batch_size=8, accumulate=2),
-        evaluation=EvaluationConfig(batch_size=8, bootstrap_samples=50),
-        checkpoint=CheckpointConfig(every_steps=4),
-    )
-'''
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left: exit code and output."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """The JSON object in the last line printed."""
-        return json.loads(self.out.splitlines()[-1])
-
-
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    """The environment of a user who set nothing, but for a cache of compiled programs that the processes share."""
-    ours = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_", "COLUMNS"))}
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {**ours, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
-
-
-def start(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
-    """Start a script in a folder, as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / script), *arguments],
-        cwd=folder,
-        env=environment(folder, **env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> Done:
-    """Wait for a process."""
-    out, err = process.communicate(timeout=PATIENCE)
-    return Done(process.returncode, out, err)
-
-
-def run(folder: Path, script: str, *arguments: str, **env: str) -> Done:
-    """Run a script to its end, which must be a good one."""
-    done = finish(start(folder, script, *arguments, **env))
-    assert done.code == 0, f"{done.out}\n{done.err}"
-    return done
-
-
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Return when `condition` holds, while the process runs."""
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert process.poll() is None and time.monotonic() < until, finish(process)
-        time.sleep(0.01)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -131,17 +59,12 @@ def flip_a_byte(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with a config and data."""
-    path = tmp_path_factory.mktemp("project")
-    (path / "tiny.py").write_text(CONFIG)
-    words = np.random.default_rng(0)
-    rows = []
-    for number in range(100):
-        label = "spam" if number % 2 else "ham"
-        text = " ".join(words.choice({"spam": ["free", "cash", "prize"], "ham": ["lunch", "you", "see"]}[label], 4))
-        rows.append(json.dumps({"text": f"{text} {number}", "label": label}))
-    (path / "messages.jsonl").write_text("\n".join(rows))
-    return path
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    yield from calls_in(folder, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +117,10 @@ def stopped(folder: Path, trained: tuple[Path, Done]) -> tuple[Path, Done]:
 def test_sigterm_saves_first(stopped: tuple[Path, Done]) -> None:
     path, done = stopped
     last = int(checkpoints(path)[-1].name)
-    assert (done.code, done.err) == (1, f"stopped after step {last} of {STEPS}; it is saved, and --resume goes on from there\n")
+    assert (done.code, done.err) == (
+        1,
+        f"stopped after step {last} of {STEPS}; it is saved, and --resume goes on from there\n",
+    )
     assert last < STEPS and len(losses(path)) == last
     assert not (path / "summary.json").exists()
 
@@ -214,9 +140,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert found["results"] == summary["results"]
 
 
-def test_a_finished_run_goes_on_on_another_mesh_with_more_steps(
-    folder: Path, trained: tuple[Path, Done]
-) -> None:
+def test_a_finished_run_goes_on_on_another_mesh_with_more_steps(folder: Path, trained: tuple[Path, Done]) -> None:
     """The learning rate is constant here, so that a run of fewer steps is the beginning of a longer one."""
     path = folder / "runs" / "moved"
     shutil.copytree(trained[0], path)
@@ -262,11 +186,6 @@ def test_evaluation_on_the_devices_that_the_user_simulates(folder: Path, evaluat
     check_mistake(done, "data=16 fsdp=1 tensor=2 needs 32 devices, 8 found")
 
 
-def test_a_mistake_in_a_process_of_its_own(folder: Path) -> None:
-    done = finish(start(folder, "finetune.py", "--config", "tiny.py", "--config.task.lenghts=32"))
-    check_mistake(done, "--config.task.lenghts: no such field; did you mean 'task.lengths'?")
-
-
 @pytest.fixture(scope="module")
 def answered(folder: Path, trained: tuple[Path, Done]) -> Done:
     """What the trained model says about a message."""
@@ -277,39 +196,6 @@ def answered(folder: Path, trained: tuple[Path, Done]) -> Done:
 def test_the_answer_is_a_label_and_all_that_is_printed(answered: Done) -> None:
     assert answered.out == "spam\n"
     assert "the model ended it" in answered.err.splitlines()[-1]
-
-
-# From here on: in this process, whose eight devices are there already.
-
-
-@pytest.fixture
-def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """Return `call(script, *arguments)`: run a script in the user's folder, in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # as they are; the scripts then set nothing
-
-    def command(script: str, *arguments: str) -> Done:
-        path = ROOT / "scripts" / script
-        spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        spec.loader.exec_module(module)
-        capsys.readouterr()
-        code = 0
-        try:
-            run_script(module.main)
-        except SystemExit as left:
-            assert isinstance(left.code, int | None)
-            code = left.code or 0
-        return Done(code, *capsys.readouterr())
-
-    yield command
-    signal.signal(signal.SIGTERM, handler)
-
-
-Call = Callable[..., Done]
 
 
 def test_evaluation_of_the_export_is_that_of_the_run(
@@ -333,15 +219,32 @@ def test_the_export_script_writes_what_the_run_exported(folder: Path, trained: t
 
 
 def test_the_untouched_foundation_is_evaluated(folder: Path, summary: dict[str, Any], call: Call) -> None:
-    foundation = ("--foundation", str(ROOT / "tests" / "fixtures" / "gqa_9_3"))
+    foundation = ("--foundation", FOUNDATION)
     task = call("evaluate.py", *foundation, "--config", "tiny.py").last
     assert task["loss"] == summary["loss_foundation"] and task["macro_f1"] == summary["foundation"]
     (folder / "text.txt").write_text("A text with nothing but words, and then some more of them.")
     text = call("evaluate.py", *foundation, "--text", "text.txt").last
     assert text.keys() == {"loss", "tokens", "mesh", "perplexity", "window"}
-    assert text["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and text["perplexity"] == pytest.approx(np.exp(text["loss"]))
+    assert text["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and text["perplexity"] == pytest.approx(
+        np.exp(text["loss"])
+    )
     windows = call("evaluate.py", *foundation, "--text", "text.txt", "--window", "8", "--config.mesh.data=2").last
     assert windows["tokens"] < text["tokens"] and windows["window"] == 8
+
+
+def test_text_is_printed_before_the_next_token_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    served = SimpleNamespace(tokenizer=byte_level())
+    ids = served.tokenizer.encode("so €")
+
+    def tokens() -> Iterator[int]:
+        for token, seen in zip(ids, ("", "s", "so", "so ", "so ", "so "), strict=True):
+            assert written.getvalue().decode() == seen
+            yield token
+
+    assert load("generate.py")._print(served, [], tokens()) == 6
+    assert written.getvalue().decode() == "so €\n"
 
 
 def test_generation(trained: tuple[Path, Done], answered: Done, call: Call) -> None:
@@ -353,98 +256,19 @@ def test_generation(trained: tuple[Path, Done], answered: Done, call: Call) -> N
     # This task's prompt is the message alone, so a chat with it is the same question.
     chat = write("--checkpoint", "runs/tiny/export", "--chat", "--prompt", "free cash prize 7")
     assert (chat.out, chat.err.splitlines()[-1]) == (answered.out, answered.err.splitlines()[-1])
-    text = ("--foundation", str(ROOT / "tests" / "fixtures" / "gqa_9_3"), "--prompt", "A text", "--max-tokens", "9")
+    text = ("--foundation", FOUNDATION, "--prompt", "A text", "--max-tokens", "9")
     first, second = (write(*text, "--temperature", "5", "--seed", seed) for seed in "12")
     assert first.out != second.out and len(first.out) > 1
     assert "9 tokens; it is cut off: --max-tokens=9" in first.err
-
-
-def test_a_dry_run_trains_nothing_and_leaves_nothing(folder: Path, call: Call) -> None:
-    before = sorted(folder.rglob("*"))
-    done = call("finetune.py", "--config", "tiny.py", "--config.run=dry", "--dry-run", "--config.mesh.tensor=4")
-    assert (done.code, done.err) == (0, "") and sorted(folder.rglob("*")) == before
-    for part in ("tensor=4", "query heads 9 → 12", "int8 channel", "memory on each of 4 devices"):
-        assert part in done.out
-    assert "Training" not in done.out
-
-
-@pytest.mark.parametrize("script", ("finetune.py", "evaluate.py", "export.py", "generate.py"))
-def test_help_has_an_example(script: str, call: Call) -> None:
-    done = call(script, "--help")
-    assert done.code == 0 and "example:" in done.out and f"python scripts/{script} --" in done.out
-
-
-def check_mistake(done: Done, *parts: str) -> None:
-    """A user's mistake is one line on stderr that holds `parts`, and exit code 2."""
-    assert done.code == 2, (done.out, done.err)
-    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
-    assert "Traceback" not in done.out + done.err
-    for part in parts:
-        assert part in done.err, done.err
-
-
-FLAGS = {
-    "unknown field": ("--config.optimizer.learning_rat=1", "did you mean 'optimizer.learning_rate'"),
-    "wrong type": ("--config.train.steps=many", "--config.train.steps=many: give an integer"),
-    "impossible value": ("--config.train.steps=0", "train.steps=0: give 1 or more"),
-    "unknown flag": ("--resum", "did you mean '--resume'"),
-    "too many devices": ("--config.mesh.tensor=16", "needs 16 devices, 8 found; valid data×fsdp×tensor: 1×1×8"),
-    "odd batch": ("--config.mesh.data=3 --config.mesh.tensor=1", "valid sizes of train.batch_size: 6, 12, 24, 48"),
-    "misspelt foundation": ("--config.foundation=smollm2-135m-instruc", "did you mean 'smollm2-135m-instruct'"),
-    "no foundation in a directory": ("--config.foundation=.", "holds neither config.json"),
-    "a file that is no foundation": ("--config.foundation=messages.jsonl", "messages.jsonl"),
-    "missing data": ("--config.task.path=message.jsonl", "did you mean 'messages.jsonl'"),
-    "no run to resume": ("--resume", "runs/bad holds no run"),
-    "name out of runs/": ("--config.run=../elsewhere", "give the name of a folder below runs/"),
-    "lengths too small": ("--config.task.lengths=4,8", "task.lengths"),
-}
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_mistakes_in_flags(name: str, folder: Path, call: Call) -> None:
-    flags, part = FLAGS[name]
-    run_name = [] if "--config.run" in flags else ["--config.run=bad"]
-    check_mistake(call("finetune.py", "--config", "tiny.py", *run_name, *flags.split()), part)
-    assert not (folder / "runs" / "bad" / "config.json").exists()  # nothing is in the way of the next attempt
-
-
-CONFIGS = {
-    "does not parse": ("def get_config(:", "bad.py:1: does not parse"),
-    "raises": ("def get_config():\n    return 1 / 0", "bad.py:2: raised ZeroDivisionError"),
-    "returns nothing": ("def get_config():\n    pass", "returned None (is a `return` missing?)"),
-    "returns something else": ("def get_config():\n    return {}", "returned a dict, not an Experiment"),
-    "defines nothing": ("", "defines no function get_config()"),
-    "unknown field": (CONFIG.replace("steps=", "step="), "TrainConfig has no field 'step'; did you mean 'steps'"),
-    "rule that matches nothing": (CONFIG.replace("embed/", "embd/").replace("layers/(attention|mlp)/.*|", ""), "embd/"),
-    "unknown grid": (CONFIG.replace('weight="int8"', 'weight="int7"'), "did you mean 'int8'"),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_mistakes_in_configs(name: str, folder: Path, call: Call) -> None:
-    text, part = CONFIGS[name]
-    (folder / "bad.py").write_text(text)
-    check_mistake(call("finetune.py", "--config", "bad.py"), part)
-    (folder / "bad.py").unlink()
-    assert not (folder / "runs" / "bad" / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    (("{broken", "JSON"), ('{"text": "no label"}', "label"), ('{"text": 3, "label": "ham"}', "text"), ('["a"]', "")),
-)
-def test_a_bad_data_row_is_named(line: str, reason: str, folder: Path, call: Call) -> None:
-    rows = (folder / "messages.jsonl").read_text().splitlines()
-    (folder / "bad.jsonl").write_text("\n".join([*rows[:41], line, *rows[41:]]))
-    flags = ("--config", "tiny.py", "--config.run=bad", "--config.task.path=bad.jsonl")
-    check_mistake(call("finetune.py", *flags), "bad.jsonl:42: ", reason)
 
 
 def test_runs_are_neither_overwritten_nor_continued_as_others(
     folder: Path, trained: tuple[Path, Done], call: Call
 ) -> None:
     before = {file: digest(file) for file in trained[0].rglob("*") if file.is_file()}
-    check_mistake(call("finetune.py", "--config", "tiny.py"), "runs/tiny already holds a run", "--resume", "--config.run=NAME")
+    check_mistake(
+        call("finetune.py", "--config", "tiny.py"), "runs/tiny already holds a run", "--resume", "--config.run=NAME"
+    )
     resume = ("--config", "tiny.py", "--resume")
     changed = ("--config.optimizer.learning_rate=1", "--config.task.test_examples=3", "--config.mesh.tensor=1")
     check_mistake(call("finetune.py", *resume, *changed), "task.test_examples, optimizer.learning_rate;")
@@ -459,7 +283,11 @@ def test_mistakes_with_models(folder: Path, trained: tuple[Path, Done], call: Ca
     damaged = flip_a_byte(newest)
     export = path / "export" / "model.safetensors"
     export.write_bytes(export.read_bytes()[:-1])
-    for script, more in (("evaluate.py", ()), ("generate.py", ("--prompt", "x")), ("export.py", ("--format", "safetensors"))):
+    for script, more in (
+        ("evaluate.py", ()),
+        ("generate.py", ("--prompt", "x")),
+        ("export.py", ("--format", "safetensors")),
+    ):
         check_mistake(call(script, "--checkpoint", str(newest), *more), damaged.name, "changed content")
         check_mistake(call(script, "--checkpoint", "runs/tin", *more), "no such directory")
         check_mistake(call(script, "--checkpoint", "runs/damaged/export", *more), "model.safetensors is damaged")

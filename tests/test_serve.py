@@ -1,19 +1,27 @@
 """What the model is asked, and how its tokens become text."""
 
 import pytest
-from checkpoints import one_line
-
 import tiny_training as tiny
+from checkpoints import one_line
+from tiny_runs import TASK
+from tiny_tokenizers import byte_level, sentencepiece
+
 from research.config import Experiment, MeshConfig, TaskConfig
 from research.config_file import to_json
 from research.tasks.encoding import make_encoder
 from research.tokenizer import Tokenizer
 from research.train.open_run import Opened
-from research.train.serve import OF_FOUNDATION, TO_EVALUATE, TO_GENERATE, chat_ids, question_ids, text_ids, text_pieces
-from research.train.serve import with_overrides
+from research.train.serve import (
+    OF_FOUNDATION,
+    TO_EVALUATE,
+    TO_GENERATE,
+    chat_ids,
+    question_ids,
+    text_ids,
+    text_pieces,
+    with_overrides,
+)
 from research.train.state import question
-from tiny_runs import TASK
-from tiny_tokenizers import byte_level, sentencepiece
 
 TOKENIZERS = {"byte level": byte_level(), "sentencepiece": sentencepiece()}
 
@@ -60,7 +68,9 @@ def test_tokens_are_shown_as_soon_as_they_are_known() -> None:
 
 def test_plain_text_is_led_by_the_token_that_documents_begin_with() -> None:
     tokenizer = sentencepiece()
-    assert text_ids(tokenizer, "ham")[0] == tokenizer.bos_id and text_ids(tokenizer, "ham")[1:] == tokenizer.encode("ham")
+    assert text_ids(tokenizer, "ham")[0] == tokenizer.bos_id and text_ids(tokenizer, "ham")[1:] == tokenizer.encode(
+        "ham"
+    )
     assert text_ids(byte_level(), "ham") == byte_level().encode("ham")
     assert text_ids(byte_level(), "<|im_end|>") != [2]  # a user's text holds no control tokens
 

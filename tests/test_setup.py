@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+import tiny_training as tiny
 from checkpoints import one_line
 from jax.sharding import PartitionSpec
 
-import tiny_training as tiny
 from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.mesh import make_mesh
 from research.setup import batch_ways, make_setup, put_batch, require_batch_fits
@@ -13,7 +13,9 @@ from research.setup import batch_ways, make_setup, put_batch, require_batch_fits
 
 def test_a_setup_joins_padding_formats_and_activations() -> None:
     mesh = make_mesh(MeshConfig(tensor=4))
-    setup = make_setup(tiny.ARCHITECTURE, (Rule(match="layers/mlp/.*", weight="int8", activation="int8"),), tiny.TRAIN, mesh)
+    setup = make_setup(
+        tiny.ARCHITECTURE, (Rule(match="layers/mlp/.*", weight="int8", activation="int8"),), tiny.TRAIN, mesh
+    )
     assert setup.formats.keys() == {"layers/mlp/gate_df", "layers/mlp/up_df", "layers/mlp/down_fd"}
     assert setup.formats["layers/mlp/up_df"].scale_shape == (2, 1, 52)  # of the padded parameter
     assert setup.table["layers/mlp/up_df"].shape == (2, 24, 52)
@@ -36,7 +38,11 @@ def test_options_of_training_reach_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulate", "sizes", "valid"),
-    ((8, 2, {"data": 2, "fsdp": 2}, None), (6, 1, {"data": 4}, "4, 8, 16, 32"), (12, 2, {"data": 2, "fsdp": 2}, "8, 16, 32")),
+    (
+        (8, 2, {"data": 2, "fsdp": 2}, None),
+        (6, 1, {"data": 4}, "4, 8, 16, 32"),
+        (12, 2, {"data": 2, "fsdp": 2}, "8, 16, 32"),
+    ),
 )
 def test_a_batch_must_divide_over_the_mesh(
     batch_size: int, accumulate: int, sizes: dict[str, int], valid: str | None

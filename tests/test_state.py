@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from checkpoints import bits, one_line, quiet
-
 import tiny_training as tiny
+from checkpoints import bits, one_line, quiet
+from tiny_runs import TASK, foundation, metadata_on, save
+from tiny_tokenizers import byte_level
+
 from research.architecture import RopeScaling
 from research.config import Experiment, MeshConfig, Rule
 from research.config_file import from_json
@@ -35,10 +37,9 @@ from research.train.state import (
     tokenizer_of,
 )
 from research.train.step import TrainState, make_optimizer
-from tiny_runs import TASK, foundation, metadata_on, save
-from tiny_tokenizers import byte_level
 
 FP16 = (Rule(match=".*", weight="fp16"),)
+
 
 def setup_on(sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> Setup:
     return make_setup(tiny.ARCHITECTURE, rules, tiny.TRAIN, make_mesh(MeshConfig(**sizes)))

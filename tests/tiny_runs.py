@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoints import quiet
-
 import tiny_training as tiny
+from checkpoints import quiet
+from tiny_tokenizers import byte_level
+
 from research.config import Experiment, MeshConfig, Rule, TaskConfig
 from research.foundation import Foundation
 from research.mesh import make_mesh
@@ -13,7 +14,6 @@ from research.tasks.task import Example, Task
 from research.train.checkpoint import Checkpointer
 from research.train.state import checkpoint_items, checkpoint_metadata
 from research.train.step import TrainState
-from tiny_tokenizers import byte_level
 
 TASK = Task(
     name="fruit",
@@ -43,9 +43,7 @@ def metadata_on(sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> d
     return checkpoint_metadata(experiment, foundation(), TASK, make_mesh(mesh))
 
 
-def save(
-    directory: Path, state: TrainState, sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8
-) -> Path:
+def save(directory: Path, state: TrainState, sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> Path:
     """Save a state that lies on a mesh and return the path of the checkpoint."""
     step = int(state.step)
     with Checkpointer(directory, 9, quiet) as checkpointer:

@@ -93,8 +93,8 @@ def training_batches(
     """Return the micro-batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch.
 
     Rows have one branch, the true label's. The rows of a step are a fair sample; they are sorted by length before they
-    are cut into micro-batches, each of which is padded on its own, so little is wasted. (Sorting across steps would save
-    more, but where length and label go together it makes batches of one label, and training swings between them.)
+    are cut into micro-batches, each padded on its own, so little is wasted. (Sorting across steps would save more, but
+    where length and label go together it makes batches of one label, and training swings between them.)
     What a step gets doesn't depend on `steps` nor on what was read before.
 
     Args:
