@@ -4,17 +4,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
 from research.config_file import load_experiment
 from research.errors import UserError, run_script
 from research.evaluate import evaluate_task, evaluate_text
-from research.mesh import describe, make_mesh, prepare_devices
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_trained
-from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serve_foundation, serve_trained, with_overrides
+from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serving, with_overrides
 
 EXAMPLE = "python scripts/evaluate.py --checkpoint runs/int8_tp4 --config.mesh.tensor=2"
 
@@ -37,21 +34,11 @@ def main() -> None:
 def evaluate(flags: Namespace) -> dict[str, Any]:
     """Return the result of what the flags ask for."""
     console = make_console()
-    opened = (
-        open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
-        if flags.checkpoint
-        else None
-    )
+    opened = None
+    if flags.checkpoint:
+        opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
     experiment = _experiment(flags, opened.experiment if opened else None)
-    prepare_devices(experiment.mesh)
-    mesh = make_mesh(experiment.mesh)
-    say(console, "Mesh", describe(mesh))
-    with jax.set_mesh(mesh):
-        if opened:
-            served = serve_trained(opened, experiment, mesh)
-        else:
-            served = serve_foundation(flags.foundation, experiment, mesh, lambda line: say(console, "Data", line))
-        say(console, "Model", served.name)
+    with serving(opened or flags.foundation, experiment, console) as served:
         if flags.text:
             return evaluate_text(served, flags.text, flags.window or 0, console)
         return evaluate_task(served, experiment, console)

@@ -5,30 +5,16 @@ Only the text goes to standard output; what is said about it goes to standard er
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
-
-import jax
 
 from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
 from research.errors import UserError, run_script
-from research.mesh import describe, make_mesh, prepare_devices
 from research.model.generate import Sampling, generate
 from research.report import make_console, say
-from research.train.open_run import Opened, open_trained
-from research.train.serve import (
-    OF_FOUNDATION,
-    TO_GENERATE,
-    Served,
-    chat_ids,
-    question_ids,
-    serve_foundation,
-    serve_trained,
-    text_ids,
-    text_pieces,
-    with_overrides,
-)
+from research.train.open_run import open_trained
+from research.train.prompts import chat_ids, question_ids, text_ids, text_pieces
+from research.train.serve import OF_FOUNDATION, TO_GENERATE, serving, with_overrides
 
 EXAMPLE = 'python scripts/generate.py --checkpoint runs/int8_tp4 --task --prompt "You have won a prize!"'
 MOST_TOKENS = 256
@@ -42,14 +28,10 @@ def main() -> None:
     model.add_argument("--foundation", metavar="NAME", help="a registered name, directory, GGUF file or hf://org/name")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "--chat", action="store_true", help="TEXT is a user's message, to be answered, with nothing around it"
-    )
+    form.add_argument("--chat", action="store_true", help="TEXT is all that a user says in a chat; answer it")
     form.add_argument("--task", action="store_true", help="ask about TEXT what the model was trained to answer")
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"default: {MOST_TOKENS}, less where no more fit")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, the most probable token"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling at a temperature above 0; default: 0")
     write(parse_arguments(parser))
 
@@ -60,32 +42,28 @@ def write(flags: Namespace) -> None:
     if flags.task and not flags.checkpoint:
         raise UserError("--task goes with --checkpoint: a foundation was trained for no task of ours")
     console = make_console(sys.stderr)
-    opened = (
-        open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
-        if flags.checkpoint
-        else None
-    )
-    may_change = TO_GENERATE if opened else (*TO_GENERATE, *OF_FOUNDATION)
-    experiment = with_overrides(opened.experiment if opened else Experiment(), flags.overrides, may_change)
-    prepare_devices(experiment.mesh)
-    mesh = make_mesh(experiment.mesh)
-    say(console, "Mesh", describe(mesh))
-    with jax.set_mesh(mesh):
-        if opened:
-            served = serve_trained(opened, experiment, mesh)
+    opened, experiment, may_change = None, Experiment(), (*TO_GENERATE, *OF_FOUNDATION)
+    if flags.checkpoint:
+        opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
+        experiment, may_change = opened.experiment, TO_GENERATE
+    experiment = with_overrides(experiment, flags.overrides, may_change)
+    with serving(opened or flags.foundation, experiment, console) as served:
+        tokenizer, cut = served.tokenizer, False
+        if opened and flags.task:
+            ids, cut = question_ids(opened, flags.prompt)
         else:
-            served = serve_foundation(flags.foundation, experiment, mesh, lambda line: say(console, "Data", line))
-        say(console, "Model", served.name)
-        ids, cut = _prompt_ids(flags, served, opened)
+            ids = (chat_ids if flags.chat else text_ids)(tokenizer, flags.prompt)
         if cut:
             say(console, "Cut", "the text, at its end, to the length that the model was trained for")
         room = served.setup.settings.architecture.context - len(ids)
         most = min(MOST_TOKENS, max(1, room)) if flags.max_tokens is None else flags.max_tokens
-        ends = served.tokenizer.end_ids
-        tokens = generate(
-            served.setup.graph, served.weights, ids, max_tokens=most, end_ids=ends, sampling=sampling, seed=seed
-        )
-        count = _print(served, ids, tokens)
+        graph, weights, ends = served.setup.graph, served.weights, tokenizer.end_ids
+        tokens = generate(graph, weights, ids, max_tokens=most, end_ids=ends, sampling=sampling, seed=seed)
+        count = 0
+        for piece in text_pieces(tokenizer, ids, tokens):
+            count += 1
+            print(piece, end="", flush=True)
+    print(flush=True)
     ended = f"it is cut off: --max-tokens={most}" if count == most else "the model ended it"
     say(console, "Written", f"{count} tokens; {ended}")
 
@@ -96,29 +74,6 @@ def _seed(flags: Namespace) -> int:
     if not 0 <= (flags.seed or 0) < 2**32:
         raise UserError(f"--seed {flags.seed}: give 0 to 2**32 - 1")
     return flags.seed or 0
-
-
-def _prompt_ids(flags: Namespace, served: Served, opened: Opened | None) -> tuple[list[int], bool]:
-    """Return the ids to go on from, and whether the text had to be cut."""
-    if opened and flags.task:
-        return question_ids(opened, flags.prompt)
-    return (chat_ids if flags.chat else text_ids)(served.tokenizer, flags.prompt), False
-
-
-def _print(served: Served, ids: list[int], tokens: Iterator[int]) -> int:
-    """Print the tokens as text, each as soon as it is known, and return their number."""
-    count = 0
-
-    def counted() -> Iterator[int]:
-        nonlocal count
-        for token in tokens:
-            count += 1
-            yield token
-
-    for piece in text_pieces(served.tokenizer, ids, counted()):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    return count
 
 
 if __name__ == "__main__":

@@ -191,5 +191,5 @@ def test_the_packaged_tasks_add_few_tokens_to_a_message(name: str, added: int, l
     assert len(encoder.render("")) == added
     assert sum(len(answer) - 1 for answer in encoder.answers) == labels
     assert {answer[-1] for answer in encoder.answers} == {tokenizer.backend.token_to_id("<|im_end|>")}
-    # Nothing of the test split of a packaged task is cut at the default lengths, but for a message in a hundred.
-    assert encode_examples(encoder, task.test).cut <= len(task.test) / 100
+    # The default lengths end at 96 tokens, for speed: they cut 2 % of the messages (91 of the 4,104 training ones).
+    assert encode_examples(encoder, task.test).cut <= 0.03 * len(task.test)

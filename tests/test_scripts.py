@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from commands import (
     start,
     wait_for,
 )
-from tiny_tokenizers import byte_level
 
+from research.foundation import load_foundation
 from research.run_folder import SUMMARY_KEYS
 
 
@@ -233,17 +232,19 @@ def test_the_untouched_foundation_is_evaluated(folder: Path, summary: dict[str, 
 
 
 def test_text_is_printed_before_the_next_token_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
-    served = SimpleNamespace(tokenizer=byte_level())
-    ids = served.tokenizer.encode("so €")
+    ids, written = load_foundation(FOUNDATION).tokenizer.encode("so €"), io.BytesIO()
 
-    def tokens() -> Iterator[int]:
+    def generate(*_: Any, **options: Any) -> Iterator[int]:
         for token, seen in zip(ids, ("", "s", "so", "so ", "so ", "so "), strict=True):
             assert written.getvalue().decode() == seen
             yield token
 
-    assert load("generate.py")._print(served, [], tokens()) == 6
+    script = load("generate.py")
+    monkeypatch.setattr(script, "generate", generate)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--foundation", FOUNDATION, "--prompt", "x"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    script.main()
     assert written.getvalue().decode() == "so €\n"
 
 

@@ -67,7 +67,7 @@ class Tiny:
 
     def unpad(self, tree: dict[str, Any]) -> dict[str, np.ndarray]:
         """The logical part of every leaf of a tree like params, by path."""
-        return {path: np.asarray(p.padding.unpad(leaf(tree, path))) for path, p in self.settings.table.items()}
+        return {path: p.padding.unpad(np.asarray(leaf(tree, path))) for path, p in self.settings.table.items()}
 
 
 def leaf(tree: dict[str, Any], path: str) -> Any:

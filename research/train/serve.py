@@ -1,19 +1,22 @@
 """A model ready to be called, from whatever holds it: a trained run, an export, or an untouched foundation."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from research.config import Experiment
 from research.config_file import apply_overrides
 from research.errors import UserError
 from research.foundation import load_foundation
+from research.mesh import describe, make_mesh, prepare_devices
 from research.model.placement import place_float
+from research.report import say
 from research.setup import Setup, make_setup
-from research.tasks.encoding import leading_messages, make_encoder
-from research.tasks.task import Task
 from research.tokenizer import Tokenizer
 from research.train.open_run import Opened, open_checkpoint
 from research.train.state import serving_weights
@@ -27,6 +30,24 @@ class Served:
     setup: Setup
     weights: Any
     tokenizer: Tokenizer
+
+
+@contextmanager
+def serving(source: Opened | str, experiment: Experiment, console: Console) -> Iterator[Served]:
+    """Put a trained model, or the foundation of that name, on the mesh of `experiment`, and say what and where.
+
+    To be called before anything runs in JAX. Within the block the mesh is in context.
+    """
+    prepare_devices(experiment.mesh)
+    mesh = make_mesh(experiment.mesh)
+    say(console, "Mesh", describe(mesh))
+    with jax.set_mesh(mesh):
+        if isinstance(source, Opened):
+            served = serve_trained(source, experiment, mesh)
+        else:
+            served = serve_foundation(source, experiment, mesh, lambda line: say(console, "Data", line))
+        say(console, "Model", served.name)
+        yield served
 
 
 def serve_trained(opened: Opened, experiment: Experiment, mesh: Mesh) -> Served:
@@ -58,50 +79,3 @@ def with_overrides(experiment: Experiment, overrides: dict[str, str], may_change
                 f"--config.{name} can't be changed here, where the model stays as it is; what can: {allowed}"
             )
     return apply_overrides(experiment, overrides)
-
-
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of plain text to be continued, led by the token that documents begin with, if there is one."""
-    first = tokenizer.encode_document("")[:1]
-    return [token for token in first if token == tokenizer.bos_id] + tokenizer.encode(text)
-
-
-def chat_ids(tokenizer: Tokenizer, message: str) -> list[int]:
-    """Return the ids of a conversation that begins with a user's message and is to be answered."""
-    messages = [*leading_messages(tokenizer), {"role": "user", "content": message}]
-    return tokenizer.encode_with_specials(tokenizer.apply_chat_template(messages))
-
-
-def question_ids(opened: Opened, text: str) -> tuple[list[int], bool]:
-    """Return the ids of the question that a model was trained on, about `text`, and whether `text` was cut to fit."""
-    known = opened.metadata["task"]
-    task = Task(
-        name=known["name"],
-        labels=tuple(known["labels"]),
-        prompt=known["prompt"],
-        train=(),
-        validation=(),
-        test=(),
-        source="",
-        duplicates_removed=0,
-        contradictions_removed=0,
-    )
-    return make_encoder(task, opened.experiment.task, opened.tokenizer).prompt_ids(text)
-
-
-def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of tokens that follow a prompt, as they come, in whole characters.
-
-    A character of several tokens comes with the last of them. Tokens are decoded behind those before them, because some
-    tokenizers treat the beginning of a text differently.
-    """
-    before, new = list(prompt_ids), []
-    shown = tokenizer.decode(before)
-    for token in tokens:
-        new.append(token)
-        text = tokenizer.decode(before + new)
-        if text.endswith("\ufffd"):  # what a decoder makes of bytes that are no character, or not yet
-            continue
-        yield text[len(shown) :]
-        before, new = new, []
-        shown = tokenizer.decode(before)
