@@ -322,4 +322,4 @@ def test_what_may_change_is_a_name_not_the_start_of_one(monkeypatch) -> None:
 
 def test_json_text_is_readable() -> None:
     tree = json.loads(to_json(TWO_RULES))
-    assert tree["quantization"][0]["match"] == "a" and tree["task"]["lengths"] == [32, 48, 64, 96, 128]
+    assert tree["quantization"][0]["match"] == "a" and tree["task"]["lengths"] == [40, 64, 96]

@@ -1,4 +1,4 @@
-"""How a script ends: one line and an exit code for mistakes of the user's and stops, a traceback for our own mistakes."""
+"""How a script ends: one line and an exit code for the user's mistakes and for stops, a traceback for our own."""
 
 import os
 import signal

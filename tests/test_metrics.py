@@ -100,7 +100,7 @@ LARGE = Architecture(
 
 
 def test_full_logits_never_exist() -> None:
-    """The largest array over the vocabulary in the compiled gradient is one chunk of logits, a quarter on each device."""
+    """The largest array over the vocabulary in the compiled gradient is one chunk of logits, a quarter a device."""
     b, t, a, per_row = 4, 10, 6, 2
     mesh = make_mesh(MeshConfig(tensor=4))
     setup = make_setup(LARGE, (), tiny.TRAIN, mesh)
