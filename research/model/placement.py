@@ -130,7 +130,7 @@ def abstract_weights(table: Table, formats: Mapping[str, Format], dtype: str, me
 
 def bytes_per_device(tree: Any) -> int:
     """Return the bytes that the arrays of `tree` take on the device that holds most of them."""
-    held: dict[jax.Device, int] = {}
+    held: dict[Any, int] = {}  # by device
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
