@@ -1,5 +1,7 @@
 """What a model is asked, and how its tokens become text."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_training as tiny
 from checkpoints import one_line
@@ -81,7 +83,14 @@ def test_the_question_is_that_of_training(chat: bool) -> None:
 
 
 def test_a_chat_begins_as_the_task_began_it() -> None:
-    config, tokenizer = TaskConfig(lengths=(64, 96)), byte_level()
-    assert chat_ids(tokenizer, "Fruit? a pear") == question_ids(opened(config, tokenizer), "a pear")[0]
-    bare = Tokenizer.make(tokenizer.definition, bos_id=1, eos_id=2)
+    """Also where the template would begin with a long message of its own."""
+    default = "{% if messages[0]['role'] != 'system' %}{{ 'You are a helpful assistant.' }}{% endif %}"
+    plain = byte_level()
+    assert plain.chat_template is not None
+    config = TaskConfig(lengths=(64, 128))
+    for tokenizer in (plain, replace(plain, chat_template=default + plain.chat_template)):
+        ids = chat_ids(tokenizer, "Fruit? a pear")
+        assert ids == question_ids(opened(config, tokenizer), "a pear")[0]
+        assert "helpful" not in tokenizer.decode(ids)
+    bare = Tokenizer.make(plain.definition, bos_id=1, eos_id=2)
     assert "no chat template" in one_line(lambda: chat_ids(bare, "x"))
