@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled_programs import OPTIONS
 
 from research.errors import run_script
 
@@ -67,14 +68,10 @@ class Done:
         return json.loads(self.out.splitlines()[-1])
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    """The environment of a user who set nothing, but for a cache of compiled programs that the processes share."""
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a user who set nothing, but for the cache of compiled programs that the suite shares."""
     ours = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_", "COLUMNS"))}
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    cache = {name.upper(): str(value) for name, value in OPTIONS.items()}
     return {**ours, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
 
 
@@ -83,7 +80,7 @@ def start(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / script), *arguments],
         cwd=folder,
-        env=environment(folder, **env),
+        env=environment(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,10 +1,11 @@
 """What every test stands on: eight simulated CPU devices, strict promotion of dtypes and ranks, repeatable examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import jax
 import pytest
+from compiled_programs import OPTIONS
 from jax.sharding import AxisType, Mesh
 
 from research.config import MeshConfig
@@ -18,6 +19,9 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 # Mixing int8, bfloat16 and float32 by accident is the mistake that quantization code is prone to.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+for name, value in OPTIONS.items():
+    jax.config.update(name, value)
 
 # Examples from a fixed seed: a failure in one run is a failure in the next. No deadline: the first call compiles.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -39,3 +43,16 @@ def mesh_of() -> Callable[..., Mesh]:
         return make_mesh(MeshConfig(**sizes), axis_type=axis_type)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compile without most optimizations, in half the time, for modules that train on many meshes.
+
+    Layouts and traffic come from the partitioner, which runs all the same, and what is compared with bounds or between
+    runs of one program holds at any level. Where different programs promise the same bits (training and serving, the
+    exam of the optimizer), and in the real commands, programs are compiled as users do.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,8 @@ from research.model.generate import Sampling, generate, generate_batch
 from research.model.layers import visible
 from research.model.transformer import causal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPT = [5, 41, 7]
 DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)
 

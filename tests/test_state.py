@@ -38,6 +38,8 @@ from research.train.state import (
 )
 from research.train.step import TrainState, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FP16 = (Rule(match=".*", weight="fp16"),)
 
 
@@ -111,7 +113,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: Path, rules: tuple[Rule, ...], 
 
 
 def test_weights_are_read_without_the_optimizer(tmp_path: Path) -> None:
-    sizes = {"tensor": 2}
+    sizes = {"tensor": 4}
     run = tiny.start(tiny.W8A8, **sizes)
     run.advance(1)
     path = save(tmp_path, run.state, sizes)

@@ -22,6 +22,8 @@ from research.setup import put_batch
 from research.train.step import make_schedule, make_step
 
 MESHES = ({"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4})
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS, LONG = 5, 20
 
 
@@ -194,8 +196,8 @@ def test_scales_are_those_of_the_unpadded_tensor() -> None:
 
 
 def test_accumulation_is_the_whole_batch() -> None:
-    whole = tiny.start(tiny.FLOAT, data=2).advance(3)
-    parts = tiny.start(tiny.FLOAT, train=TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=4), data=2).advance(3)
+    whole = tiny.start(tiny.FLOAT, data=4).advance(3)
+    parts = tiny.start(tiny.FLOAT, train=TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=2), data=4).advance(3)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)  # sums in another order
 
 

@@ -90,8 +90,8 @@ TRAIN = TrainConfig(steps=40, batch_size=ROWS, accumulate=1)
 
 
 @cache
-def _program(rules: tuple[Rule, ...], train: TrainConfig, mesh_config: MeshConfig, tensor: int) -> Run:
-    """Return a run that is copied by `start`, so that each program is compiled once a session."""
+def _program(rules: tuple[Rule, ...], train: TrainConfig, mesh_config: MeshConfig, tensor: int, quick: bool) -> Run:
+    """Return a run that is copied by `start`, so that each program is compiled once a session and `quick` setting."""
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
         setup = make_setup(ARCHITECTURE, rules, train, mesh, padded_for={"tensor": tensor})
@@ -105,6 +105,11 @@ def _state(setup: Setup, tx: Any, weights: dict[str, np.ndarray], mesh: Mesh) ->
     return make_state(tx, place_float(weights.__getitem__, setup.table, mesh), setup.table, mesh)
 
 
+@jax.jit
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
 def start(
     rules: tuple[Rule, ...],
     weights: dict[str, np.ndarray] | None = None,
@@ -113,10 +118,11 @@ def start(
     **mesh_sizes: int,
 ) -> Run:
     """Return a run before its first step; `padded_for`: tensor ways to pad for, by default those of the mesh."""
-    program = _program(rules, train, MeshConfig(**mesh_sizes), padded_for or mesh_sizes.get("tensor", 1))
+    quick = bool(jax.config.read("jax_disable_most_optimizations"))
+    program = _program(rules, train, MeshConfig(**mesh_sizes), padded_for or mesh_sizes.get("tensor", 1), quick)
     with jax.set_mesh(program.mesh):
         if weights is not None:
             state = _state(program.setup, program.tx, weights, program.mesh)
         else:
-            state = jax.tree.map(jnp.copy, program.state)  # the step donates its argument
+            state = _copy(program.state)  # the step donates its argument
     return replace(program, state=state)

@@ -153,6 +153,7 @@ def export(state: PyTree) -> PyTree:
     return find(state).encoded
 
 
+@jax.jit
 def is_on_grid(params: PyTree, state: PyTree) -> jax.Array:
     """Return whether every quantized leaf of `params` equals decode(codes, scale) bitwise, boolean scalar."""
     same = _zip_encoded(
