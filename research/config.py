@@ -78,6 +78,10 @@ class MeshConfig:
         _require(list(sizes.values()).count(-1) <= 1, f"mesh {sizes}: only one size may be -1")
 
 
+ESTIMATORS = ("identity", "clipped")
+ANNEALING = ("none", "parq", "relax")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Which number format the tensors get whose path matches.
@@ -89,9 +93,21 @@ class Rule:
     match: str
     """Regular expression for the whole path of a parameter."""
     weight: str = "fp32"
-    """Grid of the weight: fp32, bf16, fp16 or int8."""
+    """Grid of the weight: fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, int8, int4, int3, int2, ternary or q4_0."""
     granularity: str = "channel"
     """What shares one scale: tensor, channel (one per output channel) or group:32 (along the contraction axis)."""
+    scale: str = ""
+    """Which numbers a scale may be: fp16, bf16 or pow2 (a power of two); empty: fp16, and pow2 for fp8 grids."""
+    estimator: str = "identity"
+    """How the gradient reaches the latent: identity, or clipped (none for weights beyond the grid)."""
+    learn_scale: bool = False
+    """Whether scales are trained (LSQ) instead of taken from the weights at every step."""
+    begin_step: int = 0
+    """Optimizer step at which the tensor begins to leave its float values."""
+    end_step: int = 0
+    """Optimizer step from which on it is on its grid; 0: from the start."""
+    anneal: str = "none"
+    """Between the two: none (float until end_step), parq or relax (towards the grid by degrees)."""
     activation: str = "none"
     """Grid of the activation that this weight multiplies: none, or int8 (per token, symmetric, dynamic)."""
     axes: str = ""
@@ -107,6 +123,19 @@ class Rule:
         except re.error as error:
             message = f"quantization: Rule.match={self.match!r} is not a regular expression: {error}"
             raise UserError(message) from None
+        for name, allowed in (("estimator", ESTIMATORS), ("anneal", ANNEALING)):
+            _require(
+                getattr(self, name) in allowed,
+                f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",
+            )
+        _require(
+            0 <= self.begin_step <= self.end_step,
+            f"quantization: Rule.begin_step={self.begin_step}, end_step={self.end_step}: give 0 ≤ begin ≤ end",
+        )
+        _require(
+            self.anneal == "none" or self.begin_step < self.end_step,
+            f"quantization: Rule.anneal={self.anneal!r} needs steps to do it in: give begin_step < end_step",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +199,16 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
+    scale_learning_rate: float = 1e-3
+    """Adam's learning rate for the base-2 logarithm of learned scales."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: give a positive number")
+        _require(
+            self.scale_learning_rate > 0,
+            f"optimizer.scale_learning_rate={self.scale_learning_rate}: give a positive number",
+        )
         _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: give a positive number")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: give 0 or more")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: give 0 or more")

@@ -37,12 +37,31 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class Form:
-    """One row: a format, and whether plain `optax.apply_updates` is promised to land on its grid."""
+    """One row: a format, and what is promised of it.
+
+    `plain_lands`: that plain `optax.apply_updates` lands on its grid; `recalibrates`: that weights on the grid get
+    their scale again.
+    """
 
     name: str
     grid: str
     granularity: str = "channel"
     plain_lands: bool = True
+    recalibrates: bool = True
+    scale: str = ""
+    estimator: str = "identity"
+    learn_scale: bool = False
+
+    def rule(self, match: str) -> Rule:
+        """The rule that gives this format to what matches."""
+        return Rule(
+            match=match,
+            weight=self.grid,
+            granularity=self.granularity,
+            scale=self.scale,
+            estimator=self.estimator,
+            learn_scale=self.learn_scale,
+        )
 
 
 FORMS = (
@@ -52,6 +71,17 @@ FORMS = (
     Form("tensor", "int8", "tensor"),
     Form("channel", "int8", "channel"),
     Form("group", "int8", "group:32"),
+    Form("channel bf16", "int8", "channel", scale="bf16"),
+    Form("channel pow2", "int8", "channel", scale="pow2"),
+    Form("e4m3", "fp8_e4m3", "channel", recalibrates=False),  # 225 of 448 steps is the code 224: half as far
+    Form("e5m2", "fp8_e5m2", "tensor", plain_lands=False, recalibrates=False),  # 33 bits from end to end
+    Form("int4", "int4", "group:32"),
+    Form("int4 clipped", "int4", "channel", estimator="clipped"),
+    Form("int4 learned", "int4", "channel", recalibrates=False, estimator="clipped", learn_scale=True),
+    Form("int3", "int3", "channel"),
+    Form("q4_0", "q4_0", "group:32"),
+    Form("int2", "int2", "group:32", recalibrates=False),
+    Form("ternary", "ternary", "tensor", recalibrates=False),
 )
 QUANTIZED = tuple(form for form in FORMS if form.grid != "fp32")
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -67,18 +97,18 @@ EXAMPLES = 13
 STEPS = 200
 
 
-def make_policy() -> Policy:
+def make_policy(forms: tuple[Form, ...] = FORMS) -> Policy:
     """Return the policy that gives every branch its format; vectors and scalars are matched, too, and stay float."""
-    rules = tuple(Rule(match=f"{form.name}/.*", weight=form.grid, granularity=form.granularity) for form in FORMS)
+    rules = tuple(form.rule(f"{form.name}/.*") for form in forms)
     leaves = {
         f"{form.name}/{name}": Leaf(axes, contract, shape, (1,) * len(shape))
-        for form in FORMS
+        for form in forms
         for name, (axes, contract, shape) in LEAVES.items()
     }
     return Policy(rules, leaves)
 
 
-def make_params(dtype: str = "float32") -> PyTree:
+def make_params(dtype: str = "float32", forms: tuple[Form, ...] = FORMS) -> PyTree:
     """Return float parameters of the model, {form: {leaf: array}}; the same values in every branch."""
     rng = np.random.default_rng(7)
     branch = {name: rng.normal(0, 0.2, shape) for name, (_, _, shape) in LEAVES.items()}
@@ -86,7 +116,7 @@ def make_params(dtype: str = "float32") -> PyTree:
     branch["matrix_do"][:, STILL] = -0.0  # weight decay keeps the sign
     branch["table_vd"][3] = 0
     branch |= {"bias_o": rng.normal(0, 0.1, 7), "gain": np.float64(1.25)}
-    return {form.name: {name: jnp.asarray(value, dtype) for name, value in branch.items()} for form in FORMS}
+    return {form.name: {name: jnp.asarray(value, dtype) for name, value in branch.items()} for form in forms}
 
 
 def make_batches(steps: int) -> PyTree:
@@ -163,11 +193,11 @@ class History(NamedTuple):
     latent: PyTree
 
 
-def start(dtype: str) -> tuple[optax.GradientTransformationExtraArgs, PyTree, PyTree]:
+def start(dtype: str, forms: tuple[Form, ...] = FORMS) -> tuple[optax.GradientTransformationExtraArgs, PyTree, PyTree]:
     """Return the wrapped optimizer, params and state of step 0."""
-    tx = quantize(inner_optimizer(), make_policy())
-    state = jax.jit(tx.init)(make_params(dtype))
-    return tx, jax.jit(project)(state, make_params(dtype)), state
+    tx = quantize(inner_optimizer(), make_policy(forms))
+    state = jax.jit(tx.init)(make_params(dtype, forms))
+    return tx, jax.jit(project)(state, make_params(dtype, forms)), state
 
 
 @cache

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from exam import FORMS, QUANTIZED, PyTree, bits, encoded_leaves, reference_decode, same_bits, update
+from exam import FORMS, QUANTIZED, Form, PyTree, bits, encoded_leaves, reference_decode, same_bits, update
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from research.quant import Leaf, Policy, Rule, apply_updates, export, is_on_grid, project, quantize
+from research.quant import Leaf, Policy, apply_updates, export, is_on_grid, project, quantize
 
 SHAPE = (2, 256, 8)  # layers, contracted, out
 PLACES = {
@@ -26,9 +26,9 @@ PLACES = {
 }
 
 
-def policy(splits: tuple[int, ...] = (1, 1, 1)) -> Policy:
-    rules = tuple(Rule(match=form.name, weight=form.grid, granularity=form.granularity) for form in QUANTIZED)
-    return Policy(rules, {form.name: Leaf("lio", "i", SHAPE, splits) for form in QUANTIZED})
+def policy(splits: tuple[int, ...] = (1, 1, 1), forms: tuple[Form, ...] = QUANTIZED) -> Policy:
+    rules = tuple(form.rule(form.name) for form in forms)
+    return Policy(rules, {form.name: Leaf("lio", "i", SHAPE, splits) for form in forms})
 
 
 def params_and_gradient(dtype: str = "float32") -> tuple[PyTree, PyTree]:
@@ -98,8 +98,10 @@ def test_codes_and_scales_are_equal_on_every_mesh(mesh_of, single, name: str) ->
 def test_encoding_moves_maxima_and_no_weights(mesh_of) -> None:
     """With the contracted axis split, scales of tensors and channels cost an all-reduce(max), groups nothing."""
     mesh, spec = mesh_of(tensor=8), (None, "tensor", None)
-    tx = quantize(optax.sgd(0.5), policy((1, 8, 1)))
+    forms = tuple(form for form in QUANTIZED if form.name in ("tensor", "channel", "group", "q4_0"))
+    tx = quantize(optax.sgd(0.5), policy((1, 8, 1), forms))
     params, grads = place(params_and_gradient(), mesh, spec)
+    params, grads = ({form.name: tree[form.name] for form in forms} for tree in (params, grads))
     state = jax.jit(tx.init)(params)
     program = jax.jit(step_of(tx)).lower(params, state, grads).compile().as_text()
     collectives = re.findall(r" = (.*?) (all-[a-z]+|collective-[a-z]+|reduce-scatter)\(", program)
@@ -121,7 +123,8 @@ def test_structure_dtypes_and_shardings_are_stable(mesh_of, axis_type: AxisType,
     with jax.set_mesh(mesh):
         # Pinned at the start: on Auto axes XLA lays zeros, which the moments begin as, out as it likes.
         beside = NamedSharding(mesh, PartitionSpec(*spec))
-        pinned = jax.tree.map(lambda x: beside if x.shape == SHAPE else None, jax.eval_shape(tx.init, params))
+        places = {SHAPE: beside, (2, 1, 8): NamedSharding(mesh, PartitionSpec(None, None, "tensor"))}
+        pinned = jax.tree.map(lambda x: places.get(x.shape), jax.eval_shape(tx.init, params))
         state = jax.jit(tx.init, out_shardings=pinned)(params)
         params = jax.jit(project)(state, params)
         kinds, places = jax.tree.map(jax.typeof, (params, state)), shardings((params, state))

@@ -41,6 +41,10 @@ from research.train.step import TrainState, make_optimizer
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FP16 = (Rule(match=".*", weight="fp16"),)
+LEARNED = (
+    Rule(match="layers/mlp/.*", weight="int4", estimator="clipped", learn_scale=True),
+    Rule(match=".*", weight="int3", begin_step=1, end_step=4, anneal="parq"),
+)
 
 
 def setup_on(sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> Setup:
@@ -79,7 +83,7 @@ def test_state_goes_round_the_meshes_unchanged(tmp_path: Path) -> None:
         path = save(tmp_path / str(number), state, sizes)
 
 
-@pytest.mark.parametrize("rules", (tiny.W8A8, tiny.FLOAT), ids=("w8a8", "float"))
+@pytest.mark.parametrize("rules", (tiny.W8A8, tiny.FLOAT, LEARNED), ids=("w8a8", "float", "learned and annealed"))
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     sizes = {"tensor": 4}
     run = tiny.start(rules, **sizes)

@@ -144,7 +144,7 @@ def _fixture(name: str) -> tuple[Architecture, Callable[[str], np.ndarray]]:
 def _encode(w: jax.Array, form: Format | None) -> Any:
     if form is None:
         return w
-    scale = calibrate(form.grid, w, form.scale_shape)
+    scale = calibrate(form.grid, w, form.scale_shape, numbers=form.rule.scale, elements=form.elements)
     return Encoded(encode(form.grid, w, scale), scale, form.grid, "float32")
 
 

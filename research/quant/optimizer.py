@@ -6,9 +6,9 @@ to the decoded weight,
 
     updates = decode(codes, scale) - params        so that        params + updates == decode(codes, scale), bit for bit.
 
-The gradient is taken with respect to that decoded weight and handed to the latent unchanged (identity straight-through
-estimator; absmax grids have nothing out of range that a clipped one would mask). Leaves that no rule quantizes go
-straight to the inner optimizer.
+The gradient is taken with respect to that decoded weight; what the latent and a learned scale get of it is decided in
+`estimator.py`. A tensor whose rule has an `end_step` is float before it, or on its way to the grid (`anneal.py`), and
+on the grid from then on. Leaves that no rule quantizes go straight to the inner optimizer.
 
     tx = optax.chain(optax.clip_by_global_norm(1.0), quantize(optax.adamw(schedule), policy))   # last in the chain
     state = tx.init(float_params)
@@ -20,16 +20,19 @@ straight to the inner optimizer.
 The order of the first two lines matters: `init` copies the float weights into the latents.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.quant.grid import calibrate, encode
-from research.quant.nodes import Encoded, Quantized, is_encoded
+from research.quant.anneal import annealed
+from research.quant.estimator import pull_back, scale_gradient
+from research.quant.grid import block_sum, calibrate, encode, round_scale
+from research.quant.nodes import Encoded, Quantized
 from research.quant.policy import Format, Policy, path_of, shapes_by_path
 
 PyTree = Any
@@ -45,16 +48,26 @@ class QuantizeState:
       inner_state: state of the wrapped optimizer; it was initialised with the latents.
       latent: tree like params; float32 latent of each quantized leaf, `optax.MaskedNode` elsewhere.
       encoded: tree like params; `Encoded` (codes, scale) of each quantized leaf, `optax.MaskedNode` elsewhere.
+      learned: tree like params; base-2 logarithm of each learned scale, float32, `optax.MaskedNode` elsewhere.
+      scale_state: state of the optimizer of the learned scales.
+      formats: (path, format) of each quantized leaf; static.
     """
 
     count: jax.Array
     inner_state: PyTree
     latent: PyTree
     encoded: PyTree
+    learned: PyTree
+    scale_state: PyTree
+    formats: tuple[tuple[str, Format], ...] = field(metadata={"static": True})
 
 
 def quantize(
-    inner: optax.GradientTransformation, policy: Policy, *, dtype: str | None = None
+    inner: optax.GradientTransformation,
+    policy: Policy,
+    *,
+    dtype: str | None = None,
+    scales: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `inner` so that its steps land on the grids of `policy`. To be the last transformation of a chain.
 
@@ -63,38 +76,56 @@ def quantize(
     for a rule that matches nothing or a granularity that a shape doesn't allow.
 
     `dtype` is that of the quantized params that the model uses, where `init` is called with wider ones, so that the
-    latents start unrounded; None: the dtype that `init` finds.
+    latents start unrounded; None: the dtype that `init` finds. `scales` steps the base-2 logarithms of learned scales,
+    so that its learning rate is relative to their size; None: `optax.adam(1e-3)`.
     """
     inner = optax.with_extra_args_support(inner)
+    scales = optax.adam(1e-3) if scales is None else scales
 
     def init(params: PyTree) -> QuantizeState:
         formats = policy.formats(shapes_by_path(params))
-        latent = _map_quantized(
-            formats, lambda p, _: jnp.array(p, jnp.float32, copy=True), params, otherwise=_masked_leaf
+        latent = _map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
+        learned = _map_formats(formats, _first_logarithm, latent)
+        encoded = _map_formats(
+            formats,
+            lambda form, w, log_scale, p: _encode(form, w, log_scale, dtype or jnp.dtype(p.dtype).name),
+            latent,
+            learned,
+            params,
         )
-        encoded = _map_quantized(
-            formats, lambda p, form: _encode(p, form, dtype or jnp.dtype(p.dtype).name), params, otherwise=_masked_leaf
+        return QuantizeState(
+            count=jnp.zeros((), jnp.int32),
+            inner_state=inner.init(_masters(latent, params)),
+            latent=latent,
+            encoded=encoded,
+            learned=learned,
+            scale_state=scales.init(learned),
+            formats=tuple(formats.items()),
         )
-        return QuantizeState(jnp.zeros((), jnp.int32), inner.init(_masters(latent, params)), latent, encoded)
 
     def update(updates: PyTree, state: QuantizeState, params: PyTree | None = None, **extra: Any):
         if params is None:
             raise ValueError("quantize(...).update needs params: call update(grads, state, params)")
-        grads = jax.tree.map(_widen, updates)
+        formats, grads = dict(state.formats), jax.tree.map(_widen, updates)
         masters = _masters(state.latent, params)
-        steps, inner_state = inner.update(grads, state.inner_state, masters, **extra)
-        latent = _zip_encoded(
-            lambda e, w, step: w + step.astype(jnp.float32), state.encoded, masters, steps, otherwise=_masked_leaf
+        pulled = _map_formats(
+            formats, lambda form, e, w, g: pull_back(form, w, e.scale, g), state.encoded, masters, grads, keep=2
         )
-        encoded = _zip_encoded(_encode_again, state.encoded, latent, otherwise=lambda m: m)
-        updates = _zip_encoded(
-            lambda e, p, _: e.decode().astype(jnp.float32) - p.astype(jnp.float32),
-            encoded,
-            params,
-            steps,
-            otherwise=lambda p, step: step,
+        steps, inner_state = inner.update(pulled, state.inner_state, masters, **extra)
+        latent = _map_formats(formats, lambda _, w, step: w + step.astype(jnp.float32), state.latent, steps)
+        log_grads = _map_formats(formats, _logarithm_gradient, state.encoded, state.latent, grads)
+        log_steps, scale_state = scales.update(log_grads, state.scale_state, state.learned)
+        learned = _map_formats(formats, _next_logarithm, state.learned, log_steps, state.latent, latent)
+        encoded = _map_formats(
+            formats, lambda form, e, w, log_scale: _encode(form, w, log_scale, e.dtype), state.encoded, latent, learned
         )
-        return updates, QuantizeState(jnp.asarray(optax.safe_increment(state.count)), inner_state, latent, encoded)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        following = QuantizeState(count, inner_state, latent, encoded, learned, scale_state, state.formats)
+        used = _used_weights(following)
+        updates = _map_formats(
+            formats, lambda _, w, p, step: w.astype(jnp.float32) - p.astype(jnp.float32), used, params, steps, keep=2
+        )
+        return updates, following
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -102,16 +133,17 @@ def quantize(
 def project(state: PyTree, params: PyTree | None = None) -> PyTree:
     """Return the parameters that the model uses: quantized leaves decoded from codes and scales, bit for bit.
 
-    Leaves that no rule quantizes have no copy in the state (it would double their memory); they are taken from
-    `params`, which may be left out when every leaf is quantized. Raises ValueError if they are needed and not given.
+    A leaf that is annealed, or has not begun yet, comes as it is used at the state's step. Leaves that no rule
+    quantizes have no copy in the state (it would double their memory); they are taken from `params`, which may be left
+    out when every leaf is quantized. Raises ValueError if they are needed and not given.
     """
-    encoded = find(state).encoded
+    found = find(state)
     if params is None:
-        kept = sum(map(_is_masked, _nodes(encoded)))
+        kept = sum(map(_is_masked, jax.tree.leaves(found.encoded, is_leaf=_is_node)))
         if kept:
             raise ValueError(f"project(state): {kept} leaves are not quantized; call project(state, params)")
-        return jax.tree.map(Encoded.decode, encoded, is_leaf=is_encoded)
-    return _zip_encoded(lambda e, p: e.decode(), encoded, params, otherwise=lambda p: p)
+        return _used_weights(found)
+    return _map_formats(dict(found.formats), lambda _, used, p: used, _used_weights(found), params, keep=1)
 
 
 eval_params = project
@@ -120,27 +152,26 @@ eval_params = project
 def view(params: PyTree, state: PyTree) -> PyTree:
     """Return `params` with each quantized leaf as `Quantized(value, codes, scale)`: what the model is called with.
 
-    Differentiate through it with respect to `params`; codes and scales are constants.
+    Differentiate through it with respect to `params`; codes and scales are constants. A leaf whose rule has an
+    `end_step` stays an array, because before that step its codes are not what the model uses.
     """
-    return _zip_encoded(
-        lambda e, p: Quantized(p, e.codes, e.scale, e.grid, e.dtype), find(state).encoded, params, otherwise=lambda p: p
-    )
+
+    def one(form: Format, e: Encoded, p: jax.Array) -> Any:
+        return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype)
+
+    found = find(state)
+    return _map_formats(dict(found.formats), one, found.encoded, params, keep=1)
 
 
 def apply_updates(params: PyTree, updates: PyTree, state: PyTree) -> PyTree:
-    """Return the new parameters: decode(codes, scale) for quantized leaves, (p.astype(f32) + u).astype(p.dtype) else.
+    """Return the new parameters: `project(state)` for quantized leaves, (p.astype(f32) + u).astype(p.dtype) else.
 
     Exact for every grid and every jump of a scale; `state` is the state that came with `updates`. Plain
-    `optax.apply_updates` gives the same for int8 (docs/decisions/0001-numerics.md), and may be an ulp off for cast
-    grids.
+    `optax.apply_updates` gives the same for integer grids (docs/decisions/0001-numerics.md), and may be an ulp off for
+    cast grids.
     """
-    return _zip_encoded(
-        lambda e, p, u: e.decode(),
-        find(state).encoded,
-        params,
-        updates,
-        otherwise=lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype),
-    )
+    plain = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype), params, updates)
+    return project(state, plain)
 
 
 def latents(state: PyTree) -> PyTree:
@@ -156,11 +187,9 @@ def export(state: PyTree) -> PyTree:
 @jax.jit
 def is_on_grid(params: PyTree, state: PyTree) -> jax.Array:
     """Return whether every quantized leaf of `params` equals decode(codes, scale) bitwise, boolean scalar."""
-    same = _zip_encoded(
-        lambda e, p: (_bits(p) == _bits(e.decode())).all(),
-        find(state).encoded,
-        params,
-        otherwise=lambda p: jnp.array(True),
+    found = find(state)
+    same = _map_formats(
+        dict(found.formats), lambda _, e, p: (_bits(p) == _bits(e.decode())).all(), found.encoded, params
     )
     return jnp.array(jax.tree.leaves(same), bool).all()
 
@@ -189,22 +218,49 @@ def _is_node(node: object) -> bool:
     return isinstance(node, Encoded | optax.MaskedNode)
 
 
-def _nodes(encoded: PyTree) -> list[Any]:
-    return jax.tree.leaves(encoded, is_leaf=_is_node)
-
-
-def _encode(w: jax.Array, form: Format, dtype: str) -> Encoded:
-    scale = calibrate(form.grid, w, form.scale_shape)
+def _encode(form: Format, w: jax.Array, log_scale: Any, dtype: str) -> Encoded:
+    """Return the codes of latents, with the scale that they ask for or the one that is learned."""
+    scale = _calibrate(form, w) if _is_masked(log_scale) else _rounded(form, jnp.exp2(log_scale))
     return Encoded(encode(form.grid, w, scale), scale, form.grid, dtype)
 
 
-def _encode_again(previous: Encoded, latent: jax.Array) -> Encoded:
-    scale = None if previous.scale is None else calibrate(previous.grid, latent, previous.scale.shape)
-    return Encoded(encode(previous.grid, latent, scale), scale, previous.grid, previous.dtype)
+def _calibrate(form: Format, w: jax.Array) -> jax.Array | None:
+    return calibrate(form.grid, w, form.scale_shape, numbers=form.rule.scale, elements=form.elements)
 
 
-def _masked_leaf(*_: Any) -> optax.MaskedNode:
-    return optax.MaskedNode()
+def _rounded(form: Format, size: jax.Array) -> jax.Array:
+    return round_scale(size, form.rule.scale or form.grid.default_scale)
+
+
+def _first_logarithm(form: Format, w: jax.Array) -> Any:
+    scale = _calibrate(form, w) if form.rule.learn_scale else None
+    return optax.MaskedNode() if scale is None else jnp.log2(scale.astype(jnp.float32))
+
+
+def _logarithm_gradient(form: Format, encoded: Encoded, w: jax.Array, gradient: jax.Array) -> Any:
+    """Return dL/d log2(s) of a learned scale; the rounding of s to float16 is straight-through."""
+    if not form.rule.learn_scale:
+        return optax.MaskedNode()
+    assert encoded.scale is not None
+    return scale_gradient(form, w, encoded.scale, gradient) * encoded.scale.astype(jnp.float32) * jnp.float32(log(2))
+
+
+def _next_logarithm(form: Format, log_scale: Any, step: Any, before: jax.Array, after: jax.Array) -> Any:
+    """Step a learned scale; a block that was all zeros has none worth keeping, and is calibrated as it wakes up."""
+    if _is_masked(log_scale):
+        return log_scale
+    asleep = block_sum(jnp.abs(before), form.scale_shape) == 0
+    return jnp.where(asleep, _first_logarithm(form, after), log_scale + step.astype(jnp.float32))
+
+
+def _used_weights(state: QuantizeState) -> PyTree:
+    """Return the quantized leaves as the model uses them at the state's step, `optax.MaskedNode` elsewhere."""
+    return _map_formats(
+        dict(state.formats),
+        lambda form, e, w: annealed(form.rule, e.grid, w, e.codes, e.scale, e.dtype, state.count),
+        state.encoded,
+        state.latent,
+    )
 
 
 def _masters(latent: PyTree, params: PyTree) -> PyTree:
@@ -226,22 +282,19 @@ def _is_masked(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _map_quantized(formats: dict[str, Format], quantized: Callable, params: PyTree, otherwise: Callable) -> PyTree:
-    def one(key_path: tuple[Any, ...], leaf: jax.Array) -> Any:
+def _map_formats(formats: Mapping[str, Format], function: Callable, *trees: PyTree, keep: int | None = None) -> PyTree:
+    """Map over trees like params: `function(format, *leaves)` at quantized leaves.
+
+    Elsewhere the leaf of tree number `keep`, or `optax.MaskedNode`.
+    """
+
+    def one(key_path: tuple[Any, ...], *leaves: Any) -> Any:
         form = formats.get(path_of(key_path))
-        return otherwise(leaf) if form is None else quantized(leaf, form)
+        if form is not None:
+            return function(form, *leaves)
+        return optax.MaskedNode() if keep is None else leaves[keep]
 
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _zip_encoded(quantized: Callable, encoded: PyTree, *trees: PyTree, otherwise: Callable) -> PyTree:
-    """Map over trees like params: `quantized(node, *leaves)` at quantized leaves, `otherwise(*leaves)` elsewhere."""
-    return jax.tree.map(
-        lambda node, *leaves: quantized(node, *leaves) if is_encoded(node) else otherwise(*leaves),
-        encoded,
-        *trees,
-        is_leaf=_is_node,
-    )
+    return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=_is_node)
 
 
 def _bits(x: jax.Array) -> jax.Array:

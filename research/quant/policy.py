@@ -1,8 +1,9 @@
 """Rules: which tensor gets which grid, and the table that shows it. A rule that matches nothing is an error."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 
 from research.config import Rule
 from research.errors import UserError, nearest
-from research.quant.grid import GRIDS, Grid, Shape
+from research.quant.grid import GRIDS, SCALES, Grid, Shape
 
 ACTIVATIONS = ("none", "int8")
+STACKED = "le"
+"""Letters of axes that stack whole tensors, layers and experts: they never share a scale."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,16 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Format:
-    """The grid of one tensor and the shape of its scale."""
+    """The grid of one tensor, and the shape and the numbers of its scale.
+
+    `elements`: weights that share a scale, without padding; 0 for cast grids.
+    """
 
     grid: Grid
     scale_shape: Shape
     granularity: str
     rule: Rule
+    elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,12 @@ class Policy:
             grid, leaf = GRIDS[rule.weight], _leaf(path, shapes[path], rule, self.leaves.get(path))
             if grid.is_identity or not _is_matrix(leaf, shapes[path]):
                 continue
-            scale_shape = _scale_shape(path, shapes[path], leaf, rule.granularity) if grid.is_scaled else ()
-            formats[path] = Format(grid, scale_shape, rule.granularity if grid.is_scaled else "", rule)
+            if grid.is_scaled:
+                leaf = _known(leaf, path, shapes[path])
+                scale_shape = _scale_shape(path, shapes[path], leaf, rule.granularity)
+                formats[path] = Format(grid, scale_shape, rule.granularity, rule, _elements(leaf, rule.granularity))
+            else:
+                formats[path] = Format(grid, (), "", rule)
         return formats
 
     def activation(self, path: str) -> str:
@@ -102,9 +113,24 @@ def _check(rule: Rule) -> None:
             f"quantization rule {rule.match!r}: activation={rule.activation!r} is no grid of activations"
             + nearest(rule.activation, ACTIVATIONS)
         )
+    if rule.scale and rule.scale not in SCALES:
+        raise UserError(
+            f"quantization rule {rule.match!r}: scale={rule.scale!r} is no kind of scale{nearest(rule.scale, SCALES)}"
+        )
     if not re.fullmatch(r"tensor|channel|group:[1-9]\d*", rule.granularity):
         raise UserError(
             f"quantization rule {rule.match!r}: granularity={rule.granularity!r}; give tensor, channel or group:32"
+        )
+    calibration = GRIDS[rule.weight].calibration
+    if rule.learn_scale and calibration not in ("absmax", "absmean"):
+        raise UserError(
+            f"quantization rule {rule.match!r}: learn_scale=True, but {rule.weight} has no scale that is positive and"
+            " free; take int8, int4, int3, int2 or ternary"
+        )
+    if rule.anneal == "parq" and (calibration == "cast" or GRIDS[rule.weight].code_dtype != "int8"):
+        raise UserError(
+            f"quantization rule {rule.match!r}: anneal='parq' needs a grid of equal steps, {rule.weight} has none; take"
+            " anneal='relax'"
         )
     if bool(rule.axes) != bool(rule.contract):
         raise UserError(
@@ -129,16 +155,32 @@ def _is_matrix(leaf: Leaf | None, shape: Shape) -> bool:
     return len(shape) >= 2 and (leaf is None or bool(leaf.contract))
 
 
-def _scale_shape(path: str, shape: Shape, leaf: Leaf | None, granularity: str) -> Shape:
+def _known(leaf: Leaf | None, path: str, shape: Shape) -> Leaf:
     if leaf is None:
         raise UserError(
             f"{path} {list(shape)} doesn't tell its axes; give them in its rule, e.g. Rule(axes='io', contract='i')"
         )
+    return leaf
+
+
+def _elements(leaf: Leaf, granularity: str) -> int:
+    """Return how many weights share a scale, padding not counted."""
+    if granularity.startswith("group:"):
+        return _group(granularity)
+    shared = leaf.contract if granularity == "channel" else set(leaf.axes) - set(STACKED)
+    return prod(size for letter, size in zip(leaf.axes, leaf.logical, strict=True) if letter in shared)
+
+
+def _group(granularity: str) -> int:
+    return int(granularity.removeprefix("group:"))
+
+
+def _scale_shape(path: str, shape: Shape, leaf: Leaf, granularity: str) -> Shape:
     if granularity == "tensor":
-        return tuple(size if letter == "l" else 1 for letter, size in zip(leaf.axes, shape, strict=True))
+        return tuple(size if letter in STACKED else 1 for letter, size in zip(leaf.axes, shape, strict=True))
     if granularity == "channel":
         return tuple(1 if letter in leaf.contract else size for letter, size in zip(leaf.axes, shape, strict=True))
-    group = int(granularity.removeprefix("group:"))
+    group = _group(granularity)
     innermost = max(leaf.axes.index(letter) for letter in leaf.contract)
     whole = shape[innermost] // leaf.shards[innermost]
     for size, what in ((leaf.logical[innermost], "axis"), (whole, "shard")):
@@ -174,18 +216,11 @@ def coverage(policy: Policy, params: Any) -> list[Coverage]:
 def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Coverage:
     rule = policy.rule(path)
     if rule is None:
-        return Coverage(path, shape, "fp32", "", "none", "no rule", 4 * _size(shape))
+        return Coverage(path, shape, "fp32", "", "none", "no rule", 4 * prod(shape))
     multiplied = _is_matrix(_leaf(path, shape, rule, policy.leaves.get(path)), shape)
     activation = rule.activation if multiplied else "none"
     if form is None:
-        return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * _size(shape))
-    code_bytes = jnp.dtype(form.grid.code_dtype).itemsize * _size(shape)
-    scale_bytes = 2 * _size(form.scale_shape) if form.grid.is_scaled else 0
+        return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * prod(shape))
+    code_bytes = jnp.dtype(form.grid.code_dtype).itemsize * prod(shape)
+    scale_bytes = 2 * prod(form.scale_shape) if form.grid.is_scaled else 0
     return Coverage(path, shape, form.grid.name, form.granularity, activation, rule.match, code_bytes + scale_bytes)
-
-
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size

@@ -23,6 +23,7 @@ from research.model.placement import Table, abstract, abstract_weights, layout
 from research.padding import Padding
 from research.quant.nodes import Encoded, is_encoded, stored
 from research.quant.optimizer import export, find, project, replace_state
+from research.quant.policy import path_of
 from research.setup import Setup
 from research.tasks.task import Task
 from research.tokenizer import Tokenizer
@@ -48,9 +49,15 @@ def serving_weights(encoded: Any) -> Any:
 
 
 def checkpoint_items(state: TrainState) -> dict[str, Any]:
-    """Return what is saved: the weights, which evaluation needs, and all the rest."""
+    """Return what is saved: the weights, which evaluation needs, and all the rest.
+
+    Weights that are annealed lie between latent and code, and computed anew they may be an ulp off: they are saved, so
+    that a resumed run is the same run.
+    """
     rest = replace_state(state.optimizer, lambda quantized: replace(quantized, encoded=None))
-    return {WEIGHTS: encoded_weights(state), OPTIMIZER: {"step": state.step, "state": rest}}
+    params = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    annealed = tree_of({path: params[path] for path, form in find(state.optimizer).formats if form.rule.end_step})
+    return {WEIGHTS: encoded_weights(state), OPTIMIZER: {"step": state.step, "state": rest, "annealed": annealed}}
 
 
 def checkpoint_metadata(experiment: Experiment, foundation: Foundation, task: Task, mesh: Mesh) -> dict[str, Any]:
@@ -133,6 +140,8 @@ def _rebuild(weights: Any, rest: Any, encoded_shapes: Any) -> TrainState:
     optimizer = replace_state(rest["state"], lambda quantized: replace(quantized, encoded=encoded))
     floats = jax.tree.map(lambda node: None if is_encoded(node) else node, weights, is_leaf=is_encoded)
     params = jax.jit(project)(optimizer, floats)
+    saved = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(rest["annealed"])}
+    params = jax.tree_util.tree_map_with_path(lambda path, p: saved.get(path_of(path), p), params)
     return TrainState(rest["step"], params, optimizer)
 
 

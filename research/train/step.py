@@ -71,7 +71,9 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantize(adamw, policy, dtype=train.param_dtype))
+    scales = optax.adam(config.scale_learning_rate, b1=config.b1, b2=config.b2)
+    quantized = quantize(adamw, policy, dtype=train.param_dtype, scales=scales)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantized)
     # After so many in a row optax would accept a non-finite gradient; the loop stops the run one earlier.
     return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite))
 
