@@ -33,8 +33,9 @@ MIXED = (  # every kind of product in one program: fp16 weights, weight-only int
 )
 
 
-@pytest.mark.parametrize("tensor", (1, 4))
-@pytest.mark.parametrize("rules", (tiny.W8A8, MIXED), ids=("w8a8", "mixed"))
+@pytest.mark.parametrize(
+    ("rules", "tensor"), ((tiny.W8A8, 4), (MIXED, 1), (MIXED, 4)), ids=("w8a8-4", "mixed-1", "mixed-4")
+)
 def test_the_training_forward_is_the_evaluation_forward(rules: tuple[Rule, ...], tensor: int) -> None:
     """What the training step's own program says of an answer equals, bitwise, what evaluation says from int8 storage.
 
