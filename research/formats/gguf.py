@@ -309,7 +309,9 @@ def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, typ
     stored = read(path)
     if isinstance(stored, np.ndarray) or stored.codes.dtype != np.int8:
         form, exact = (
-            ("float", "F32") if isinstance(stored, np.ndarray) else (stored.format, _EXACT[stored.codes.dtype])
+            ("float", "F32")
+            if isinstance(stored, np.ndarray)
+            else (stored.format, _EXACT.get(stored.codes.dtype, "F32"))
         )
         raise UserError(f"{path} is {form}, so that {type} would quantize it anew; type {exact} holds it exactly")
     for _ in _blocks_of(path, shape, stored):
