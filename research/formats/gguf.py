@@ -307,13 +307,13 @@ def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, typ
     if type not in gguf_blocks.TYPES:
         return type
     stored = read(path)
-    if isinstance(stored, np.ndarray) or stored.codes.dtype != np.int8:
-        form, exact = (
-            ("float", "F32")
-            if isinstance(stored, np.ndarray)
-            else (stored.format, _EXACT.get(stored.codes.dtype, "F32"))
+    if isinstance(stored, np.ndarray):
+        raise UserError(f"{path} is float, so that {type} would quantize it anew; type F32 holds it exactly")
+    if stored.codes.dtype != np.int8:
+        exact = _EXACT.get(stored.codes.dtype, "F32")
+        raise UserError(
+            f"{path} is {stored.format}, so that {type} would quantize it anew; type {exact} holds it exactly"
         )
-        raise UserError(f"{path} is {form}, so that {type} would quantize it anew; type {exact} holds it exactly")
     for _ in _blocks_of(path, shape, stored):
         pass  # raises where they don't fit
     if type == "Q4_0" and not gguf_blocks.fits_q4_0(stored.codes):
