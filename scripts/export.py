@@ -1,4 +1,8 @@
-"""Write a trained model's codes and scales to a file, exactly as training left them."""
+"""Write a trained model to a file or a directory that other programs load; nothing is quantized a second time.
+
+safetensors: our own, int8 codes and fp16 scales. gguf: for llama.cpp, Ollama and LM Studio; --type Q8_0 and Q4_0 hold
+the codes themselves, F32, F16 and BF16 the decoded weights. huggingface: for transformers, decoded weights.
+"""
 
 from pathlib import Path
 
@@ -6,43 +10,75 @@ import jax
 
 from research.command_line import make_parser, parse_arguments
 from research.config import MeshConfig
-from research.errors import UserError, run_script
+from research.errors import UserError, nearest, run_script
 from research.mesh import make_mesh, prepare_devices
 from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
 from research.setup import make_setup
-from research.train.export import write_export
+from research.train.export import stored_leaves, write_export
+from research.train.interchange import GGUF_TYPES, HUGGINGFACE_TYPES, write_gguf, write_huggingface
 from research.train.open_run import Opened, open_trained
 from research.units import format_bytes
+
+TYPES = {"safetensors": (), "gguf": GGUF_TYPES, "huggingface": HUGGINGFACE_TYPES}
 
 
 def main() -> None:
     """Parse the command line and write the export."""
-    parser = make_parser(
-        __doc__, "python scripts/export.py --checkpoint runs/int8_tp4 --format safetensors", overrides=False
-    )
+    example = "python scripts/export.py --checkpoint runs/int8_tp4 --format gguf --type Q8_0 --output model.gguf"
+    parser = make_parser(__doc__, example, overrides=False)
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="PATH", help="a run or one of its checkpoints"
+        "--checkpoint", required=True, type=Path, metavar="PATH", help="a run, one of its checkpoints, or an export"
     )
-    parser.add_argument("--format", required=True, choices=["safetensors"], help="int8 codes and fp16 scales")
-    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="default: export-step-N in the run's folder")
+    parser.add_argument("--format", required=True, choices=list(TYPES))
+    parser.add_argument(
+        "--type", help=f"gguf: {', '.join(GGUF_TYPES)}; huggingface: {', '.join(HUGGINGFACE_TYPES)}; safetensors: none"
+    )
+    parser.add_argument("--output", type=Path, metavar="PATH", help="default: export-step-N… in the run's folder")
     flags = parse_arguments(parser)
+    check_type(flags.format, flags.type)
     console = make_console()
     opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
-    output = flags.output or default_output(opened)
+    output = flags.output or default_output(opened, flags.format, flags.type)
+    for line in write(opened, output, flags.format, flags.type):
+        say(console, "Weights", line)
+    files = [output] if output.is_file() else [file for file in output.iterdir() if file.suffix == ".safetensors"]
+    size = format_bytes(sum(file.stat().st_size for file in files))
+    say(console, "Export", f"{output}: step {opened.step} of {opened.path}, {size} of weights")
+
+
+def check_type(format: str, type: str | None) -> None:
+    """Raise a `UserError` unless `type` is one that `format` has."""
+    valid = TYPES[format]
+    if type is None and valid:
+        raise UserError(f"--format {format} needs a --type: {', '.join(valid)}")
+    if type is not None and not valid:
+        raise UserError(f"--type {type} has no effect: --format {format} stores codes and scales as they are; drop it")
+    if type is not None and type not in valid:
+        raise UserError(f"--type {type}: --format {format} has {', '.join(valid)}{nearest(type, valid)}")
+
+
+def write(opened: Opened, output: Path, format: str, type: str | None) -> tuple[str, ...]:
+    """Write the export and return lines that say what it holds."""
     prepare_devices(MeshConfig())
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     setup = make_setup(opened.architecture, opened.experiment.quantization, opened.experiment.train, mesh)
-    weights = opened.weights(setup)
-    size = write_export(output, weights, setup, opened.architecture, opened.tokenizer, opened.metadata)
-    say(console, "Export", f"{output}: step {opened.step} of {opened.path}, {format_bytes(size)} of weights")
+    weights, model = opened.weights(setup), (opened.architecture, opened.tokenizer)
+    if type is None:
+        write_export(output, weights, setup, *model, opened.metadata)
+        return ()
+    leaves = stored_leaves(weights, setup)
+    if format == "gguf":
+        return write_gguf(output, leaves, *model, type)
+    return write_huggingface(output, leaves, *model, type, opened.metadata)
 
 
-def default_output(opened: Opened) -> Path:
-    """Return export-step-N in the folder of the run that a checkpoint belongs to."""
+def default_output(opened: Opened, format: str, type: str | None) -> Path:
+    """Return export-step-N, with format and type where they aren't ours, in the folder of a checkpoint's run."""
     if opened.path.parent.name != CHECKPOINTS:
-        raise UserError(f"{opened.path} is in no run's folder: say where the export is to go, --output DIRECTORY")
-    return opened.path.parent.parent / f"export-step-{opened.step}"
+        raise UserError(f"{opened.path} is in no run's folder: say where the export is to go, --output PATH")
+    end = {"safetensors": "", "gguf": f"-{type}.gguf", "huggingface": f"-{format}-{type}"}[format]
+    return opened.path.parent.parent / f"export-step-{opened.step}{end}"
 
 
 if __name__ == "__main__":

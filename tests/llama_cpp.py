@@ -29,6 +29,8 @@ class LlamaCpp:
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> np.ndarray:
         """Log-probability of every token [v] behind a prompt of ids."""
         request = {"prompt": [int(i) for i in ids], "n_predict": 1, "n_probs": vocabulary, "cache_prompt": False}
+        # Told are the probabilities from before the drawing, but only if a whole letter is drawn, no end, no lone byte.
+        request["logit_bias"] = [["a", 1e4]]
         found = self._post("/completion", request)["completion_probabilities"][0]["top_logprobs"]
         logp_v = np.full(vocabulary, np.nan)
         logp_v[[entry["id"] for entry in found]] = [entry["logprob"] for entry in found]

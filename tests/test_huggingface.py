@@ -61,8 +61,13 @@ def inverse_frequencies(a: Architecture) -> np.ndarray:
     return np.array(frequencies)
 
 
-def reference_logits(a: Architecture, p: dict[str, np.ndarray], tokens_bt: np.ndarray) -> np.ndarray:
-    """Logits [b, t, v] of a Llama in float64 numpy, written down from the paper's formulas."""
+def reference_logits(
+    a: Architecture, p: dict[str, np.ndarray], tokens_bt: np.ndarray, activation=lambda x: x
+) -> np.ndarray:
+    """Logits [b, t, v] of a Llama in float64 numpy, written down from the paper's formulas.
+
+    `activation` is applied to what a matrix multiplies: an array whose last axis is summed over.
+    """
     p = {path: leaf.astype(np.float64) for path, leaf in p.items()}
     angle_th = np.arange(tokens_bt.shape[1])[:, None] * np.tile(inverse_frequencies(a), 2)
     causal_ts = np.tril(np.ones((tokens_bt.shape[1],) * 2, bool))
@@ -78,7 +83,7 @@ def reference_logits(a: Architecture, p: dict[str, np.ndarray], tokens_bt: np.nd
     x_btd = p["embed/table_vd"][tokens_bt]
     for layer in range(a.layers):
         w = {path.removeprefix("layers/"): leaf[layer] for path, leaf in p.items() if path.startswith("layers/")}
-        y_btd = norm(x_btd, w["attention_norm/scale_d"])
+        y_btd = activation(norm(x_btd, w["attention_norm/scale_d"]))
         q_btnh = rotate(np.einsum("btd,dnh->btnh", y_btd, w["attention/q_dnh"]))
         k_bskh = rotate(np.einsum("bsd,dkh->bskh", y_btd, w["attention/k_dkh"]))
         v_bskh = np.einsum("bsd,dkh->bskh", y_btd, w["attention/v_dkh"])
@@ -86,11 +91,14 @@ def reference_logits(a: Architecture, p: dict[str, np.ndarray], tokens_bt: np.nd
         score_bnts = np.einsum("btnh,bsnh->bnts", q_btnh, k_bsnh) / np.sqrt(a.head_width)
         weight_bnts = np.exp(score_bnts - score_bnts.max(-1, keepdims=True)) * causal_ts
         weight_bnts /= weight_bnts.sum(-1, keepdims=True)
-        x_btd = x_btd + np.einsum("bnts,bsnh,nhd->btd", weight_bnts, v_bsnh, w["attention/o_nhd"])
-        y_btd = norm(x_btd, w["mlp_norm/scale_d"])
+        y_btnh = np.einsum("bnts,bsnh->btnh", weight_bnts, v_bsnh)
+        y_btx = activation(y_btnh.reshape(*tokens_bt.shape, -1))
+        x_btd = x_btd + y_btx @ w["attention/o_nhd"].reshape(-1, a.width)
+        y_btd = activation(norm(x_btd, w["mlp_norm/scale_d"]))
         gate_btf = y_btd @ w["mlp/gate_df"]
-        x_btd = x_btd + (gate_btf / (1 + np.exp(-gate_btf)) * (y_btd @ w["mlp/up_df"])) @ w["mlp/down_fd"]
-    return norm(x_btd, p["norm/scale_d"]) @ p.get("head/table_vd", p["embed/table_vd"]).T
+        hidden_btf = gate_btf / (1 + np.exp(-gate_btf)) * (y_btd @ w["mlp/up_df"])
+        x_btd = x_btd + activation(hidden_btf) @ w["mlp/down_fd"]
+    return activation(norm(x_btd, p["norm/scale_d"])) @ p.get("head/table_vd", p["embed/table_vd"]).T
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,6 +27,7 @@ from commands import (
     wait_for,
 )
 
+from research.formats import native
 from research.foundation import load_foundation
 from research.run_folder import SUMMARY_KEYS
 
@@ -215,6 +216,33 @@ def test_the_export_script_writes_what_the_run_exported(folder: Path, trained: t
     check_mistake(call("export.py", "--checkpoint", "runs/tiny/export", *arguments[2:]), "--output")
     early = call("export.py", "--checkpoint", "runs/tiny/checkpoints/00000004", *arguments[2:], "--output", "early")
     assert early.code == 0 and digest(folder / "early" / "model.safetensors") != digest(ours / "model.safetensors")
+
+
+def test_the_export_script_writes_what_other_engines_read(folder: Path, trained: tuple[Path, Done], call: Call) -> None:
+    """Both files are the decoded export, bit for bit; this model's rows of 18 weights are no blocks of 32."""
+    arguments = ("--checkpoint", "runs/tiny", "--format")
+    done = call("export.py", *arguments, "gguf", "--type", "F32")
+    assert done.code == 0 and f"runs/tiny/export-step-{STEPS}-F32.gguf: step {STEPS}" in done.out, done.err
+    assert "lossless" in done.out
+    assert call("export.py", *arguments, "huggingface", "--type", "float32", "--output", "hf").code == 0
+    export = native.open_model(trained[0] / "export")
+    for name in (str(trained[0] / f"export-step-{STEPS}-F32.gguf"), str(folder / "hf")):
+        found = load_foundation(name)
+        assert all(found.read(path).tobytes() == export.read(path).tobytes() for path in export.paths)
+        assert found.tokenizer.encode("free cash") == export.tokenizer.encode("free cash")
+    score = ("evaluate.py", "--config", "tiny.py", "--foundation", str(folder / "hf"))
+    assert call(*score).code == 0
+    for flags, part in (
+        ("gguf", "--format gguf needs a --type: Q8_0, Q4_0, F16, BF16, F32"),
+        ("huggingface", "--format huggingface needs a --type: float32, bfloat16"),
+        ("gguf --type Q8_1", "--type Q8_1: --format gguf has Q8_0, Q4_0, F16, BF16, F32; did you mean 'Q8_0'"),
+        ("safetensors --type F32", "--type F32 has no effect"),
+        ("gguf --type F32", f"export-step-{STEPS}-F32.gguf exists already"),
+        ("huggingface --type bfloat16 --output hf", "hf exists already"),
+        ("gguf --type Q8_0 --output x.gguf", "sums over 18 inputs, no multiple of a block's 32; type F32 holds it"),
+        ("gguf --type F32 --output messages.jsonl", "write --output messages.jsonl.gguf"),
+    ):
+        check_mistake_after_lines(call("export.py", *arguments, *flags.split()), part)
 
 
 def test_the_untouched_foundation_is_evaluated(folder: Path, summary: dict[str, Any], call: Call) -> None:

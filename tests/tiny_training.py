@@ -23,6 +23,8 @@ from research.train.step import Step, StepMetrics, TrainState, make_optimizer, m
 ARCHITECTURE = Architecture(
     vocabulary=67, width=24, layers=2, query_heads=9, kv_heads=3, head_width=4, feed_forward=50, context=64
 )
+# The same, with rows that are whole blocks of 32 weights, and room for a tokenizer's words.
+OF_BLOCKS = replace(ARCHITECTURE, vocabulary=398, width=64, head_width=32, feed_forward=128)
 ROWS, LENGTH, SLOTS = 8, 12, 3
 
 FLOAT: tuple[Rule, ...] = ()
@@ -30,10 +32,10 @@ WEIGHT_ONLY = (Rule(match=".*", weight="int8"),)
 W8A8 = (Rule(match=".*", weight="int8", activation="int8"),)
 
 
-def foundation(seed: int = 0) -> dict[str, np.ndarray]:
+def foundation(seed: int = 0, architecture: Architecture = ARCHITECTURE) -> dict[str, np.ndarray]:
     """Return random float32 weights, by path, of the logical shapes."""
     rng = np.random.default_rng(seed)
-    table = parameter_table(ARCHITECTURE, AxisRules(), {"data": 1, "fsdp": 1, "tensor": 1})
+    table = parameter_table(architecture, AxisRules(), {"data": 1, "fsdp": 1, "tensor": 1})
     weights = {}
     for path, parameter in table.items():
         noise = rng.normal(size=parameter.padding.logical)
@@ -90,13 +92,20 @@ TRAIN = TrainConfig(steps=40, batch_size=ROWS, accumulate=1)
 
 
 @cache
-def _program(rules: tuple[Rule, ...], train: TrainConfig, mesh_config: MeshConfig, tensor: int, quick: bool) -> Run:
+def _program(
+    architecture: Architecture,
+    rules: tuple[Rule, ...],
+    train: TrainConfig,
+    mesh_config: MeshConfig,
+    tensor: int,
+    quick: bool,
+) -> Run:
     """Return a run that is copied by `start`, so that each program is compiled once a session and `quick` setting."""
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        setup = make_setup(ARCHITECTURE, rules, train, mesh, padded_for={"tensor": tensor})
+        setup = make_setup(architecture, rules, train, mesh, padded_for={"tensor": tensor})
         tx = make_optimizer(OPTIMIZER, train, setup.policy, setup.table)
-        state = _state(setup, tx, foundation(), mesh)
+        state = _state(setup, tx, foundation(architecture=architecture), mesh)
         step = make_step(setup.graph, tx, OPTIMIZER, train, setup.table, mesh, state)
     return Run(mesh, setup, tx, step, state)
 
@@ -115,11 +124,13 @@ def start(
     weights: dict[str, np.ndarray] | None = None,
     train: TrainConfig = TRAIN,
     padded_for: int = 0,
+    architecture: Architecture = ARCHITECTURE,
     **mesh_sizes: int,
 ) -> Run:
     """Return a run before its first step; `padded_for`: tensor ways to pad for, by default those of the mesh."""
     quick = bool(jax.config.read("jax_disable_most_optimizations"))
-    program = _program(rules, train, MeshConfig(**mesh_sizes), padded_for or mesh_sizes.get("tensor", 1), quick)
+    tensor = padded_for or mesh_sizes.get("tensor", 1)
+    program = _program(architecture, rules, train, MeshConfig(**mesh_sizes), tensor, quick)
     with jax.set_mesh(program.mesh):
         if weights is not None:
             state = _state(program.setup, program.tx, weights, program.mesh)

@@ -3,32 +3,39 @@
 One table of names serves both directions. GGUF stores a matrix as rows [out, in], a layer at a time, so a leaf here is
 a stack of transposed tensors. The rows of q and k stand in another order: llama.cpp rotates neighbours (2i, 2i+1) where
 we rotate halves (i, i + h/2), so the rows of each head are interleaved. A reader that forgets this computes plausible
-text from wrong weights. It is a permutation of rows, so it applies to codes and scales of a quantized matrix, too.
+text from wrong weights. It is a permutation of rows, so it applies to codes and scales of a quantized matrix, too, and
+a matrix that is held as codes and scales becomes blocks (`gguf_blocks`) without being quantized again.
 """
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from research.architecture import Architecture
 from research.errors import UserError, nearest
+from research.formats import gguf_blocks, native
 from research.formats.gguf_file import GgufFile, open_gguf
 from research.formats.gguf_metadata import ROPE_FACTORS, architecture_metadata, read_architecture, rope_factors
 from research.formats.gguf_tokenizer import read_tokenizer, tokenizer_metadata
-from research.formats.model_source import ModelSource, ReadLeaf, check_shape, leaf_shapes
+from research.formats.model_source import ModelSource, check_shape, leaf_shapes
 from research.tokenizer import Tokenizer
 
 TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
+_EXACT = {np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_TABLES = ("embed/table_vd", "head/table_vd")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,16 @@ def row_shape(leaf: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (prod(shape[leaf.inputs :]), prod(shape[: leaf.inputs])) if leaf.inputs else shape
 
 
+@dataclass(frozen=True)
+class Written:
+    """How one leaf went into a file."""
+
+    type: str
+    """F32, Q8_0, …"""
+    is_exact: bool
+    """Whether the file gives back every value as it was; False where a cast rounded some."""
+
+
 def open_model(path: Path) -> ModelSource:
     """Open a GGUF file of the architecture `llama`; its blocks are decoded to float32 when a leaf is read.
 
@@ -117,25 +134,29 @@ def write(
     path: Path,
     architecture: Architecture,
     tokenizer: Tokenizer,
-    read: ReadLeaf,
+    read: native.ReadStored,
     paths: Sequence[str],
     type: str = "F32",
     name: str = "",
-) -> None:
+) -> dict[str, Written]:
     """Write a GGUF file that llama.cpp loads and chats with; one leaf at a time is in memory, the file appears whole.
 
     Args:
         path: file to write; an existing one is replaced.
         architecture: shape of the decoder.
         tokenizer: goes into the file with its chat template.
-        read: path of a leaf → float array of the logical, stacked shape.
+        read: path of a leaf → float array, or codes and scales, of the logical, stacked shape; asked more than once.
         paths: leaves to write: all that the architecture has.
-        type: F32, F16 or BF16 for matrices and tables; norms are F32, as llama.cpp wants them.
+        type: F32, F16 or BF16 for matrices and tables, whose codes are decoded; Q8_0 or Q4_0: the codes themselves. A
+            table of int8 codes is Q8_0 in a file of type Q4_0. Norms are F32, as llama.cpp wants them.
         name: what the file calls the model; empty: the file's own name.
 
+    Returns:
+        How each leaf was written, by path.
+
     Raises:
-        UserError: an unknown type, a leaf that is missing or has no place, values beyond the range of F16, or a
-            tokenizer that GGUF has no keys for.
+        UserError: an unknown type, a leaf that is missing or has no place, values beyond the range of F16, codes or
+            scales that don't fit the blocks, values that are not finite, or a tokenizer that GGUF has no keys for.
     """
     if type not in TYPES:
         raise UserError(f"GGUF type {type!r} can't be written{nearest(type, TYPES)}")
@@ -143,9 +164,11 @@ def write(
     if set(paths) != set(shapes):
         raise UserError(f"GGUF export: leaves {sorted(set(paths) ^ set(shapes))} are missing or have no place")
     path = Path(path)
+    types = {leaf: _stored_type(leaf, shape, read, type) for leaf, shape in shapes.items()}
     metadata = {
         "general.name": name or path.stem,
         "general.file_type": int(TYPES[type]),
+        **({"general.quantization_version": gguf.GGML_QUANT_VERSION} if type in gguf_blocks.TYPES else {}),
         **architecture_metadata(architecture),
         **tokenizer_metadata(tokenizer, architecture.vocabulary),
     }
@@ -153,17 +176,18 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             partial = Path(folder) / "partial.gguf"
-            _write_file(partial, metadata, architecture, read, type)
+            written = _write_file(partial, metadata, architecture, read, types)
             os.replace(partial, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}; name another place for the file") from error
+    return written
 
 
 def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
     """Check that the file holds the decoder's tensors in their shapes, and none that we would have to ignore."""
     expected = {}
     for path, shape in shapes.items():
-        leaf, inner = _BY_PATH[path], shape[1:] if path.startswith("layers/") else shape
+        leaf, inner = _BY_PATH[path], _inner(path, shape)
         expected |= {name: row_shape(leaf, inner) for name in _tensor_names(leaf, architecture)}
     for name, shape in expected.items():
         if name not in file.tensors:
@@ -172,6 +196,11 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], architect
     extra = sorted(set(file.tensors) - set(expected) - {ROPE_FACTORS})
     if extra:
         raise UserError(f"{file.path}: tensor {extra[0]} ({len(extra)} such) has no place in a plain llama decoder")
+
+
+def _inner(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a leaf without its axis of layers."""
+    return shape[1:] if path.startswith("layers/") else shape
 
 
 def _tensor_names(leaf: Leaf, architecture: Architecture) -> list[str]:
@@ -192,54 +221,122 @@ def _read_leaf(file: GgufFile, shapes: dict[str, tuple[int, ...]], path: str) ->
     return stacked
 
 
-def _write_file(path: Path, metadata: dict, architecture: Architecture, read: ReadLeaf, type: str) -> None:
+def _write_file(
+    path: Path,
+    metadata: dict,
+    architecture: Architecture,
+    read: native.ReadStored,
+    types: dict[str, str],
+) -> dict[str, Written]:
     """Write metadata, then the table of tensors, then leaf by leaf the tensors in the table's order."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in metadata.items():
         _add(writer, key, value)
     shapes = leaf_shapes(architecture)
     for leaf_path, shape in shapes.items():
-        leaf, inner = _BY_PATH[leaf_path], shape[1:] if leaf_path.startswith("layers/") else shape
-        stored, rows = _stored_type(type, inner), row_shape(leaf, inner)
+        leaf, inner = _BY_PATH[leaf_path], _inner(leaf_path, shape)
+        stored, rows = gguf.GGMLQuantizationType[types[leaf_path]], row_shape(leaf, inner)
         block, size = gguf.GGML_QUANT_SIZES[stored]
         for name in _tensor_names(leaf, architecture):
             writer.add_tensor_info(name, rows, np.dtype(np.float32), prod(rows) // block * size, raw_dtype=stored)
     factors = rope_factors(architecture)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    written = {}
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for leaf_path, shape in shapes.items():
-            for rows in _rows_of(leaf_path, shape, read):
-                writer.write_tensor_data(_encode(leaf_path, rows, _stored_type(type, rows.shape)))
+            is_exact = True
+            for data, same in _tensors(leaf_path, shape, read, types[leaf_path]):
+                writer.write_tensor_data(data)
+                is_exact &= same
+                del data
+            written[leaf_path] = Written(types[leaf_path], is_exact)
         if factors is not None:
             writer.write_tensor_data(factors)
     finally:
         writer.close()
+    return written
 
 
-def _rows_of(path: str, shape: tuple[int, ...], read: ReadLeaf):
-    """Yield the stored form of a leaf, a layer at a time."""
-    leaf, x = _BY_PATH[path], np.asarray(read(path))
-    check_shape("GGUF export", path, x.shape, shape)
-    for layer in x if "{}" in leaf.name else [x]:
-        yield to_rows(leaf, layer)
+def _tensors(
+    path: str, shape: tuple[int, ...], read: native.ReadStored, type: str
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield the data of a leaf's tensors, a layer at a time, and whether it holds each value exactly."""
+    stored = read(path)
+    if type in gguf_blocks.TYPES:
+        assert not isinstance(stored, np.ndarray)
+        for blocks in _blocks_of(path, shape, stored):
+            yield blocks.pack(type), True
+    else:
+        x = native.decode(stored)
+        check_shape("GGUF export", path, x.shape, shape)
+        for layer in _layers(path, x):
+            yield _encode(path, to_rows(_BY_PATH[path], layer), gguf.GGMLQuantizationType[type])
 
 
-def _stored_type(type: str, shape: tuple[int, ...]) -> gguf.GGMLQuantizationType:
-    """Norms stay F32, whatever the file's type."""
-    return gguf.GGMLQuantizationType[type if len(shape) > 1 else "F32"]
+def _blocks_of(path: str, shape: tuple[int, ...], stored: native.StoredLeaf) -> Iterator[gguf_blocks.Blocks]:
+    """Yield the blocks of a leaf that has int8 codes, a layer at a time."""
+    assert stored.scale is not None
+    check_shape("GGUF export", path, stored.codes.shape, shape)
+    leaf, codes = _BY_PATH[path], _layers(path, stored.codes)
+    scales = _layers(path, stored.scale)
+    for i, layer in enumerate(codes):
+        scale = _spread(scales[i * len(scales) // len(codes)], layer.shape)
+        yield gguf_blocks.make_blocks(path, to_rows(leaf, layer), to_rows(leaf, scale))
 
 
-def _encode(path: str, rows: np.ndarray, type: gguf.GGMLQuantizationType) -> np.ndarray:
+def _layers(path: str, x: np.ndarray) -> np.ndarray:
+    """Return a leaf, or its scale, with a leading axis of layers, of size 1 where it isn't stacked."""
+    return x if path.startswith("layers/") else x[None]
+
+
+def _spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the scale of every element: element j of an axis of n and m scales has scale j // (n // m)."""
+    for axis, (n, m) in enumerate(zip(shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, n // m, axis=axis)
+    return scale
+
+
+def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, type: str) -> str:
+    """Return the type of a leaf's tensors in a file of some type; `UserError` where that would quantize it anew."""
+    if len(_inner(path, shape)) == 1:
+        return "F32"
+    if type not in gguf_blocks.TYPES:
+        return type
+    stored = read(path)
+    if isinstance(stored, np.ndarray):
+        raise UserError(f"{path} is float, so that {type} would quantize it anew; type F32 holds it exactly")
+    if stored.codes.dtype != np.int8:
+        exact = _EXACT.get(stored.codes.dtype, "F32")
+        raise UserError(
+            f"{path} is {stored.format}, so that {type} would quantize it anew; type {exact} holds it exactly"
+        )
+    for _ in _blocks_of(path, shape, stored):
+        pass  # raises where they don't fit
+    if type == "Q4_0" and not gguf_blocks.fits_q4_0(stored.codes):
+        if path in _TABLES:
+            return "Q8_0"
+        raise UserError(
+            f"{path} is {stored.format} with codes {stored.codes.min()} … {stored.codes.max()}, and Q4_0 has -8 … 7;"
+            " type Q8_0 holds it exactly"
+        )
+    return type
+
+
+def _encode(path: str, rows: np.ndarray, type: gguf.GGMLQuantizationType) -> tuple[np.ndarray, bool]:
+    """Return the data of a float tensor, and whether it holds each value exactly."""
     rows = np.ascontiguousarray(rows, np.float32)
+    if not np.isfinite(rows).all():
+        raise UserError(f"{path} holds values that are not finite; export a step from before the run diverged")
     with np.errstate(over="ignore"):
         encoded = gguf.quants.quantize(rows, type)
     if type == gguf.GGMLQuantizationType.F16 and not np.isfinite(encoded).all():
         raise UserError(f"GGUF export: {path} holds values that F16 can't (largest {np.abs(rows).max():g}); take BF16")
-    return encoded
+    is_exact = type == gguf.GGMLQuantizationType.F32 or np.array_equal(gguf.quants.dequantize(encoded, type), rows)
+    return encoded, is_exact
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:

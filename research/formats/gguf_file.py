@@ -22,7 +22,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_FLOATS = ("F32", "F16", "BF16")
+READABLE = (*_FLOATS, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class GgufFile:
             raise UserError(f"{self.path}: ends inside tensor {name}; fetch or write the file again")
         dtype = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}.get(entry.type.name, np.dtype(np.uint8))
         stored = raw.view(dtype).reshape(*entry.shape[:-1], -1)
-        return quants.dequantize(stored, entry.type).astype(np.float32, copy=False).reshape(entry.shape)
+        values = quants.dequantize(stored, entry.type).astype(np.float32, copy=False).reshape(entry.shape)
+        if entry.type.name not in _FLOATS:
+            values += np.float32(0.0)  # code 0 times a negative scale is -0.0 there; a decoded weight never is
+        return values
 
 
 def open_gguf(path: Path) -> GgufFile:

@@ -105,7 +105,7 @@ def write(
     read: ReadLeaf,
     dtype: str = "float32",
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> frozenset[str]:
     """Write a directory that transformers 4 and 5 load with `AutoModelForCausalLM.from_pretrained`.
 
     Args:
@@ -114,6 +114,9 @@ def write(
         read: path → float array of the logical, stacked shape; called once a leaf.
         dtype: float32, bfloat16 or float16 (rounded to nearest even).
         metadata: goes into the header of model.safetensors, text → text.
+
+    Returns:
+        The paths of the leaves of which `dtype` rounded some value.
 
     Raises:
         UserError: `directory` holds something, `dtype` is none of these, or a value is too large for it.
@@ -125,11 +128,13 @@ def write(
     if set(paths) != set(shapes):
         raise ValueError(f"leaves {sorted(set(paths) ^ set(shapes))} are missing or not in the architecture")
     specs = {name: TensorSpec(_FLOATS[dtype], shape) for name, shape in _stored_shapes(architecture).items()}
+    rounded: set[str] = set()
     with new_directory(directory) as partial_directory:
         write_config(partial_directory, architecture, tokenizer, dtype)
         tokenizer.save(partial_directory)
-        tensors = _convert(shapes, read, DTYPES[_FLOATS[dtype]])
+        tensors = _convert(shapes, read, DTYPES[_FLOATS[dtype]], rounded)
         write_tensors(partial_directory / WEIGHTS, specs, tensors, {**(metadata or {}), "format": "pt"})
+    return frozenset(rounded)
 
 
 def _stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -156,19 +161,26 @@ def _read_leaf(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]],
     return leaf
 
 
-def _convert(shapes: Mapping[str, tuple[int, ...]], read: ReadLeaf, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensors of `_stored_shapes`, in its order; one leaf in memory at a time."""
+def _convert(
+    shapes: Mapping[str, tuple[int, ...]], read: ReadLeaf, dtype: np.dtype, rounded: set[str]
+) -> Iterator[np.ndarray]:
+    """The tensors of `_stored_shapes`, in its order; one leaf in memory at a time. `rounded` gets the rounded ones."""
     for path, shape in shapes.items():
         leaf = read(path)
         if leaf.shape != shape:
             raise ValueError(f"{path} has shape {leaf.shape}, the architecture implies {shape}")
         for layer in leaf if path.startswith("layers/") else leaf[None]:
-            yield _cast(path, _NAMES[path].from_ours(layer), dtype)
-            del layer
+            cast = _cast(path, _NAMES[path].from_ours(layer), dtype)
+            if not np.array_equal(cast.astype(np.float32), _NAMES[path].from_ours(layer)):
+                rounded.add(path)
+            yield cast
+            del layer, cast
         del leaf  # or it would stay in memory while the next one is read
 
 
 def _cast(path: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds values that are not finite; export a step from before the run diverged")
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     if not np.isfinite(cast).all():

@@ -8,7 +8,7 @@ file, itself included; opening an export verifies all of them, because a flipped
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class StoredLeaf:
 
 
 Leaf = np.ndarray | StoredLeaf
+ReadStored = Callable[[str], Leaf]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def decode(leaf: Leaf) -> np.ndarray:
     """Return the values of a leaf, float32(code) · float32(scale); codes never become a negative zero."""
     if isinstance(leaf, np.ndarray):
         return leaf.astype(np.float32)
-    values = leaf.codes.astype(np.float32)
+    values = leaf.codes.astype(np.float32, order="C")  # so that the reshape below is a view
     if leaf.scale is not None:
         scale = leaf.scale.astype(np.float32)
         # Each axis of n codes and m scales is seen as [m, n/m]: the scale is broadcast, not repeated in memory.

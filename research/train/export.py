@@ -43,6 +43,15 @@ class _Leaves(Mapping[str, native.Leaf]):
         return len(self.encoded)
 
 
+def stored_leaves(encoded: Any, setup: Setup) -> Mapping[str, native.Leaf]:
+    """Return stored parameters (`Encoded` or float leaves on a mesh) by path, as host arrays without padding.
+
+    Each access fetches that leaf, and keeps nothing.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
+    return _Leaves({path_of(path): leaf for path, leaf in leaves}, setup)
+
+
 def _name(form: Format) -> str:
     """Return the format as the export's table spells it: "int8/channel", "fp16"."""
     return f"{form.grid.name}/{form.granularity}" if form.grid.is_scaled else form.grid.name
@@ -60,9 +69,8 @@ def write_export(
 
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
-    by_path = {path_of(path): leaf for path, leaf in leaves}
-    native.write(directory, _Leaves(by_path, setup), architecture, tokenizer, {key: metadata[key] for key in _METADATA})
+    leaves = stored_leaves(encoded, setup)
+    native.write(directory, leaves, architecture, tokenizer, {key: metadata[key] for key in _METADATA})
     return (directory / native.WEIGHTS).stat().st_size
 
 

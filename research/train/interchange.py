@@ -1,0 +1,70 @@
+"""Exports for other engines, GGUF files and Hugging Face directories, and the lines that say what they hold exactly.
+
+Codes go into GGUF's blocks as the optimizer held them. Where a format holds floats, they are the decoded weights,
+float32(code) · float32(scale): 8 + 11 bits, which float32 holds exactly and 16-bit floats round.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from research.architecture import Architecture
+from research.errors import UserError
+from research.formats import gguf, huggingface, native
+from research.tokenizer import Tokenizer
+
+GGUF_TYPES = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
+HUGGINGFACE_TYPES = ("float32", "bfloat16")
+
+
+def write_gguf(
+    path: Path, leaves: Mapping[str, native.Leaf], architecture: Architecture, tokenizer: Tokenizer, type: str
+) -> tuple[str, ...]:
+    """Write stored leaves (see `stored_leaves`) as a new GGUF file; return lines that say which types it holds.
+
+    Raises `UserError` if the file exists or isn't called *.gguf, or a leaf does not fit `type` (see `gguf.write`).
+    """
+    if path.suffix != ".gguf":
+        raise UserError(f"{path}: a GGUF file's name ends in .gguf; write --output {path.name}.gguf")
+    if path.exists():
+        raise UserError(f"{path} exists already and is not overwritten; give another name or move it away")
+    written = gguf.write(path, architecture, tokenizer, leaves.__getitem__, tuple(leaves), type)
+    held: dict[str, list[str]] = {}
+    for leaf, entry in written.items():
+        held.setdefault(entry.type, []).append(leaf)
+    types = " · ".join(f"{name}: {_list(paths)}" for name, paths in held.items())
+    rounded = [leaf for leaf, entry in written.items() if not entry.is_exact]
+    return types, describe_rounding(type, rounded, leaves, remedy="F32")
+
+
+def write_huggingface(
+    directory: Path,
+    leaves: Mapping[str, native.Leaf],
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    type: str,
+    metadata: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """Write the decoded leaves as a new Hugging Face directory; return a line that says whether they are exact.
+
+    `metadata`: a checkpoint's; foundation, task and step go into the file's header. Raises `UserError` as
+    `huggingface.write` does.
+    """
+    header = {key: str(metadata[key]) for key in ("foundation", "task", "step")}
+    rounded = huggingface.write(
+        directory, architecture, tokenizer, leaves, lambda path: native.decode(leaves[path]), type, header
+    )
+    return (describe_rounding(type, rounded, leaves, remedy="float32"),)
+
+
+def describe_rounding(type: str, rounded: Iterable[str], leaves: Mapping[str, native.Leaf], remedy: str) -> str:
+    """Return a line that says whether the file holds every weight of the run bit for bit, and if not, which ones."""
+    paths = sorted(rounded)
+    if not paths:
+        return "lossless: every weight is the run's, bit for bit"
+    return f"rounded to {type}: {_list(paths)}, of {len(leaves)} leaves; {remedy} holds them exactly"
+
+
+def _list(paths: list[str]) -> str:
+    """Return a few paths by name, many as their number."""
+    return ", ".join(paths) if len(paths) <= 3 else f"{len(paths)} leaves"
