@@ -1,4 +1,4 @@
-"""Adam whose two moments are stored in eight bits an element: 2.1 to 2.3 bytes a parameter instead of 8.
+"""Adam whose two moments are stored in eight bits an element: 2.1 to 2.5 bytes a parameter instead of 8.
 
 The moments are decoded, stepped in float32, used for the step, and encoded again: only what is kept between two steps
 is rounded. As in 8-bit Adam (Dettmers et al. 2021, arXiv 2110.02861), elements share a scale in small blocks, so that
