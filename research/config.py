@@ -179,6 +179,9 @@ class TaskConfig:
         _require(not self.prompt or "{text}" in self.prompt, f"task.prompt={self.prompt!r}: it must contain {{text}}")
 
 
+MOMENTS = ("float32", "int8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and clipping."""
@@ -197,6 +200,8 @@ class OptimizerConfig:
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
+    moments: str = "float32"
+    """How both moments are kept between steps: float32, or int8 (eight-bit codes with a scale per block)."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     scale_learning_rate: float = 1e-3
@@ -216,6 +221,7 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)}: give 0 to below 1")
         _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}: give a positive number")
+        _require(self.moments in MOMENTS, f"optimizer.moments={self.moments!r}: give one of {MOMENTS}")
 
 
 DTYPES = ("float32", "bfloat16")

@@ -52,6 +52,7 @@ IMPOSSIBLE = [
     (OptimizerConfig, {"b1": 1.0}, "optimizer.b1=1.0: give 0 to below 1"),
     (OptimizerConfig, {"b2": -0.1}, "optimizer.b2"),
     (OptimizerConfig, {"epsilon": 0.0}, "optimizer.epsilon"),
+    (OptimizerConfig, {"moments": "int4"}, "optimizer.moments='int4': give one of"),
     (TrainConfig, {"steps": 0}, "train.steps=0: give 1 or more"),
     (TrainConfig, {"steps": 1.5}, "train.steps=1.5: give an integer"),
     (TrainConfig, {"accumulate": 3}, "train.batch_size=16 is not a multiple of train.accumulate=3"),

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import OptimizerConfig, TrainConfig
 from research.model.placement import Table, shardings
+from research.quant.moments import moment_blocks, scale_by_adam_8bit
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
 from research.tasks.batches import Batch
@@ -63,19 +64,24 @@ def make_optimizer(
     def decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(table[path_of(path)].contract), params)
 
-    adamw = optax.adamw(
-        make_schedule(config, train.steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decayed,
+    adamw = optax.chain(
+        _scale_by_adam(config, table),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(make_schedule(config, train.steps)),
     )
     scales = optax.adam(config.scale_learning_rate, b1=config.b1, b2=config.b2)
     quantized = quantize(adamw, policy, dtype=train.param_dtype, scales=scales)
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantized)
     # After so many in a row optax would accept a non-finite gradient; the loop stops the run one earlier.
     return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite))
+
+
+def _scale_by_adam(config: OptimizerConfig, table: Table) -> optax.GradientTransformation:
+    """Return Adam with its moments stored as the config says; `UserError` where the mesh would split their blocks."""
+    if config.moments == "float32":
+        return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    blocks = moment_blocks({path: parameter.leaf for path, parameter in table.items()})
+    return scale_by_adam_8bit(config.b1, config.b2, config.epsilon, blocks=blocks)
 
 
 def start_state(tx: optax.GradientTransformationExtraArgs, float_params: Any) -> TrainState:
