@@ -1,17 +1,24 @@
 """A foundation that is rotated and smoothed before training, in the real command: trained, resumed, and used."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny_folds as folds
+import tiny_models as tiny
 from commands import FOUNDATION, Call, calls_in, check_mistake, make_project
+from jax.sharding import Mesh
 
-from research.config import FoldConfig
+from research.config import Experiment, FoldConfig
+from research.evaluate import load_examples
 from research.foundation import load_foundation
+from research.model.folding import FloatModel
+from research.report import make_console
 from research.tasks.encoding import EncodedExamples
-from research.train.fold import rotate_foundation, sample
+from research.train.fold import rotate_foundation, sample, smooth_foundation
 from research.train.open_run import open_trained
 
 FOLDED = ("--config", "tiny.py", "--config.run=folded", "--config.fold.rotate=true", "--config.fold.smooth=0.5")
@@ -64,3 +71,23 @@ def test_examples_are_taken_from_all_over_the_split() -> None:
     found = sample(examples, 4)
     assert [int(prompt[0]) for prompt in found.prompts] == found.gold_e.tolist() == [0, 33, 66, 99]
     assert len(sample(examples, 1000).prompts) == 100
+
+
+@pytest.mark.foundation
+def test_int8_loses_less_of_the_real_foundation(mesh_of: Callable[..., Mesh]) -> None:
+    """Run with -s to see the figures. Weights and activations are rounded to int8, nothing is trained."""
+    foundation, mesh = load_foundation("smollm2-135m-instruct"), mesh_of()
+    passage = (tiny.FIXTURES / "passage.txt").read_text(encoding="utf-8")
+    tokens_bt = np.array([foundation.tokenizer.encode_document(passage)], np.int32)
+    examples = load_examples(Experiment().task, foundation.tokenizer, make_console(), ("train",), print)
+    wanted_btv = folds.logits(FloatModel(foundation.architecture, foundation.read), tokens_bt=tokens_bt)
+    found = {}
+    for fold in (FoldConfig(), FoldConfig(smooth=0.5), FoldConfig(rotate=True), FoldConfig(rotate=True, smooth=0.5)):
+        with jax.set_mesh(mesh):
+            rotated = rotate_foundation(foundation, fold, print)
+            start = smooth_foundation(rotated, Experiment(fold=fold), examples, mesh, print)
+        quantized_btv = folds.logits(FloatModel(start.architecture, start.read), tiny.W8A8, tokens_bt=tokens_bt)
+        found[fold.rotate, fold.smooth] = folds.divergence(wanted_btv, quantized_btv)
+        print(f"rotate={fold.rotate} smooth={fold.smooth}: KL {found[fold.rotate, fold.smooth]:.4f} nats a token")
+    plain = found.pop((False, 0.0))
+    assert max(found.values()) < 0.6 * plain

@@ -87,7 +87,7 @@ def test_a_rotated_model_runs_on_a_mesh(source: Architecture, mesh_of: Callable[
 
 
 def test_int8_loses_less_of_a_rotated_model_with_outliers() -> None:
-    """On the average of four draws of signs: of 24 channels they can't spread an outlier evenly each time."""
-    model = folds.with_outliers()
-    before, after = folds.w8a8_error(model), [folds.w8a8_error(rotate(model, seed)) for seed in range(4)]
-    assert np.mean(after) < 0.7 * before, (before, after)
+    """On the average of three draws of signs, which spread an outlier over 24 channels more or less evenly."""
+    model = folds.with_outliers(inner=1)  # that of an MLP, before its down-projection, is not rotated
+    before, after = folds.w8a8_error(model), [folds.w8a8_error(rotate(model, seed)) for seed in range(3)]
+    assert np.mean(after) < before / 2, (before, after)

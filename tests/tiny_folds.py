@@ -19,7 +19,7 @@ from research.model.transformer import causal, make_settings
 
 ROWS, LENGTH = 4, 6
 NEUTRAL = 1e-5  # the promise; float32 products of rounded weights, through two or three layers, are at about 1e-6
-# every way in which heads are grouped and the head is tied; three widths with an odd factor (24 = 8 · 3)
+# every way in which heads are grouped and the head is tied; all widths but one have an odd factor
 SOURCES: list[Architecture | str] = [
     tiny.GQA_9_3,
     tiny.GQA_10_2,
@@ -35,10 +35,15 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, tiny.GQA_9_3.vocabulary, (ROWS, LENGTH)).astype(np.int32)
 
 
-def logits(model: FloatModel, rules: tuple[Rule, ...] = tiny.FLOAT, mesh: Mesh | None = None) -> np.ndarray:
-    """Logits [b, t, v] of the random tokens, float or quantized by rounding to nearest, on a mesh or on one device."""
+def logits(
+    model: FloatModel,
+    rules: tuple[Rule, ...] = tiny.FLOAT,
+    mesh: Mesh | None = None,
+    tokens_bt: np.ndarray | jax.Array | None = None,
+) -> np.ndarray:
+    """Logits [b, t, v], float or quantized by rounding to nearest, on a mesh or one device; of the random tokens."""
     placed = tiny.make(model, rules, mesh)
-    tokens_bt = jnp.asarray(tokens())
+    tokens_bt = jnp.asarray(tokens() if tokens_bt is None else tokens_bt)
     if mesh is not None:
         tokens_bt = jax.device_put(tokens_bt, NamedSharding(mesh, AxisRules().activation("bt")))
     with tiny.on(mesh):
@@ -58,8 +63,10 @@ def divergence(logits_btv: np.ndarray, quantized_btv: np.ndarray) -> float:
 
 
 def w8a8_error(model: FloatModel) -> float:
-    """Mean KL divergence that rounding weights and activations to int8 causes, nats a token."""
-    return divergence(logits(model), logits(model, tiny.W8A8))
+    """Mean KL divergence that rounding weights and activations to int8 causes, nats a token, over 1024 tokens."""
+    tokens_bt = np.random.default_rng(2).integers(0, model.architecture.vocabulary, (32, 32)).astype(np.int32)
+    float_btv, int8_btv = (logits(model, rules, tokens_bt=tokens_bt) for rules in (tiny.FLOAT, tiny.W8A8))
+    return divergence(float_btv, int8_btv)
 
 
 def maxima_of(model: FloatModel, branch_bt: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -72,14 +79,14 @@ def maxima_of(model: FloatModel, branch_bt: np.ndarray | None = None) -> dict[st
     return logical_maxima(seen, settings.table)
 
 
-def with_outliers() -> FloatModel:
-    """A model in which a channel of the residual stream, and one of each MLP, are 30 times as large as the others.
+def with_outliers(residual: float = 30, inner: float = 30) -> FloatModel:
+    """A model in which a channel of the residual stream, and one of each MLP, are so many times as large as the others.
 
     What reads them is as much smaller, so that they matter as much as others to what is computed.
     """
     model = tiny.float_model(replace(tiny.GQA_9_3, tied_head=False))
     width_d, inner_f = np.ones(model.architecture.width), np.ones(model.architecture.feed_forward)
-    width_d[3], inner_f[7] = 30, 30
+    width_d[3], inner_f[7] = residual, inner
     makers = ("embed/table_vd", "layers/attention/o_nhd", "layers/mlp/down_fd")
 
     def read(path: str) -> np.ndarray:
