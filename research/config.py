@@ -183,6 +183,28 @@ MOMENTS = ("float32", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoldConfig:
+    """How the foundation is rewritten before training: the same function in weights that quantize better."""
+
+    rotate: bool = False
+    """Whether residual stream and values are rotated, which spreads outlier channels over all (QuaRot's R1 and R2)."""
+    seed: int = 0
+    """Seed of the rotations."""
+    smooth: float = 0.0
+    """Share of the activations' outliers that moves into the weights (SmoothQuant's alpha, about 0.5); 0 = off."""
+    calibration_examples: int = 64
+    """Training examples whose activations smooth looks at, evenly spread over the split."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "fold.")
+        _require(0 <= self.seed < 2**32, f"fold.seed={self.seed}: give 0 to 2**32 - 1")
+        _require(0 <= self.smooth <= 1, f"fold.smooth={self.smooth}: give 0 (off) to 1")
+        _require(
+            self.calibration_examples >= 1, f"fold.calibration_examples={self.calibration_examples}: give 1 or more"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and clipping."""
 
@@ -329,6 +351,7 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     quantization: tuple[Rule, ...] = ()
     """Rules, first match wins; no rule: the parameters stay float."""
+    fold: FoldConfig = field(default_factory=FoldConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from research.architecture import Architecture
 from research.config import Rule
 from research.formats import huggingface
+from research.model.folding import FloatModel
 from research.model.layers import Settings, tree_of
 from research.model.placement import shardings
 from research.model.transformer import Transformer, graph_of, make_settings
@@ -88,20 +89,20 @@ def on(mesh: Mesh | None) -> AbstractContextManager:
 
 
 def make(
-    source: Architecture | str,
+    source: Architecture | str | FloatModel,
     rules: tuple[Rule, ...] = FLOAT,
     mesh: Mesh | None = None,
     padded_for: int = 0,
     **options: Any,
 ) -> Tiny:
-    """Return a model with random weights, or with those of the fixture `source`, laid out for the mesh.
+    """Return a model with random weights, or with those of the fixture or model `source`, laid out for the mesh.
 
     `padded_for`: tensor ways to pad for, whatever the mesh is.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape if mesh else {})
     sizes["tensor"] = padded_for or sizes["tensor"]
     weights = _encoded(source, rules, sizes["fsdp"], sizes["tensor"])
-    architecture = source if isinstance(source, Architecture) else _fixture(source)[0]
+    architecture = float_model(source).architecture
     table = make_settings(architecture, mesh_sizes=sizes).table
     policy = Policy(rules, {path: parameter.leaf for path, parameter in table.items()})
     settings = make_settings(architecture, policy, mesh_sizes=sizes, **options)
@@ -111,8 +112,11 @@ def make(
 
 
 @lru_cache
-def _encoded(source: Architecture | str, rules: tuple[Rule, ...], fsdp: int, tensor: int) -> dict[str, Any]:
-    architecture, read = (source, random_weights(source)) if isinstance(source, Architecture) else _fixture(source)
+def _encoded(
+    source: Architecture | str | FloatModel, rules: tuple[Rule, ...], fsdp: int, tensor: int
+) -> dict[str, Any]:
+    model = float_model(source)
+    architecture, read = model.architecture, model.read
     table = make_settings(architecture, mesh_sizes={"fsdp": fsdp, "tensor": tensor}).table
     policy = Policy(rules, {path: parameter.leaf for path, parameter in table.items()})
     formats = policy.formats({path: parameter.shape for path, parameter in table.items()})
@@ -136,9 +140,14 @@ def random_weights(architecture: Architecture) -> Callable[[str], np.ndarray]:
     return read
 
 
-def _fixture(name: str) -> tuple[Architecture, Callable[[str], np.ndarray]]:
-    source = huggingface.open_model(FIXTURES / name)
-    return source.architecture, source.read
+def float_model(source: Architecture | str | FloatModel) -> FloatModel:
+    """Return a model as numpy arrays: of random weights, of a fixture, or the one that it is already."""
+    if isinstance(source, FloatModel):
+        return source
+    if isinstance(source, Architecture):
+        return FloatModel(source, random_weights(source))
+    opened = huggingface.open_model(FIXTURES / source)
+    return FloatModel(opened.architecture, opened.read)
 
 
 def _encode(w: jax.Array, form: Format | None) -> Any:

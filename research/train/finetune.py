@@ -19,6 +19,7 @@ from research.environment import peak_host_bytes, versions
 from research.errors import Stopped, UserError
 from research.evaluate import Examples, Score, load_examples, make_score, score_examples, score_test
 from research.formats import native
+from research.formats.model_source import leaf_shapes
 from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
@@ -39,6 +40,7 @@ from research.tasks.scores import score_labels, score_majority
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
+from research.train.fold import rotate_foundation, smooth_foundation
 from research.train.loop import Trained, train
 from research.train.open_run import open_checkpoint
 from research.train.state import (
@@ -60,6 +62,9 @@ class Job:
 
     experiment: Experiment
     foundation: Foundation
+    """As it was found: what is scored as the foundation."""
+    start: Foundation
+    """As training starts from it: rotated, if the experiment says so; smoothing waits until its weights are needed."""
     examples: Examples
     setup: Setup
     mesh: Mesh
@@ -69,12 +74,12 @@ class Job:
     @property
     def float_bytes(self) -> int:
         """fp32 bytes of the unpadded parameters."""
-        return 4 * sum(prod(parameter.padding.logical) for parameter in self.setup.table.values())
+        return _float_bytes(self.start)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What checkpoints tell of the run, less the step."""
-        return checkpoint_metadata(self.experiment, self.foundation, self.examples.task, self.mesh)
+        return checkpoint_metadata(self.experiment, self.start, self.examples.task, self.mesh)
 
     @property
     def forward_name(self) -> str:
@@ -83,6 +88,10 @@ class Job:
             "w8a8" if (r.weight, r.activation) == ("int8", "int8") else r.weight for r in self.experiment.quantization
         }
         return " + ".join(sorted(names)) or "float"
+
+
+def _float_bytes(foundation: Foundation) -> int:
+    return 4 * sum(map(prod, leaf_shapes(foundation.architecture).values()))
 
 
 def prepare(experiment: Experiment, console: Console) -> Job:
@@ -99,10 +108,11 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     started = time.monotonic()
     foundation = load_foundation(experiment.foundation, report=report, open_checkpoint=open_checkpoint)
     say(console, "Foundation", f"{foundation.name}: {foundation.source}")
+    start = rotate_foundation(foundation, experiment.fold, lambda line: say(console, "Fold", line))
     examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
-    setup = make_setup(foundation.architecture, experiment.quantization, experiment.train, mesh)
-    return Job(experiment, foundation, examples, setup, mesh, console, download_seconds)
+    setup = make_setup(start.architecture, experiment.quantization, experiment.train, mesh)
+    return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 
 def finetune(
@@ -168,7 +178,7 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     tx = make_optimizer(experiment.optimizer, experiment.train, setup.policy, setup.table)
     state = _restored(job, folder, tx) if resume else None
     if state is None:
-        state = make_state(tx, place_float(job.foundation.read, setup.table, job.mesh), setup.table, job.mesh)
+        state = make_state(tx, place_float(_smoothed(job).read, setup.table, job.mesh), setup.table, job.mesh)
     step = make_step(setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state)
     batches = training_batches(
         job.examples.splits["train"],
@@ -208,6 +218,12 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     return trained
 
 
+def _smoothed(job: Job) -> Foundation:
+    return smooth_foundation(
+        job.start, job.experiment, job.examples, job.mesh, lambda line: say(job.console, "Fold", line)
+    )
+
+
 def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     """Return the state of the newest whole checkpoint, None (and a line) if there is none."""
     path, skipped = newest_whole(folder.checkpoints)
@@ -217,7 +233,7 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
         say(job.console, "Resume", "no whole checkpoint yet: starting from the foundation")
         return None
     metadata, steps = read_metadata(path), job.experiment.train.steps
-    require_same_run(metadata, job.foundation, job.examples.task)
+    require_same_run(metadata, job.start, job.examples.task)
     if metadata["step"] > steps:
         raise UserError(
             f"--resume with train.steps={steps}: the run has done {metadata['step']} steps; give as many or more"
@@ -250,7 +266,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     directory = folder.path / "export"
     shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
     metadata = job.metadata | {"step": int(state.step)}
-    write_export(directory, encoded, job.setup, job.foundation.architecture, job.foundation.tokenizer, metadata)
+    write_export(directory, encoded, job.setup, job.start.architecture, job.start.tokenizer, metadata)
     say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
     del encoded
     weights = serving_weights(place_export(native.read(directory), job.setup))
@@ -263,7 +279,7 @@ def _conclude(job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str
     experiment, task, test = job.experiment, job.examples.task, job.examples.splits["test"]
     samples = experiment.evaluation.bootstrap_samples
     sizes = {
-        "foundation": job.float_bytes,
+        "foundation": _float_bytes(job.foundation),
         "finetuned": job.float_bytes * (2 if experiment.train.param_dtype == "bfloat16" else 4) // 4,
         "quantized": (folder.path / "export" / native.WEIGHTS).stat().st_size,
     }

@@ -1,0 +1,156 @@
+"""SmoothQuant: what makes an activation hard to quantize moves into the weight behind it (Xiao et al. 2022).
+
+Channel j of a product's input is divided by f_j = max|X_j|^α / max|W_j|^(1-α), its rows of the weight are multiplied by
+it. The division is folded into what makes the channel: the norm before q, k, v and before gate, up; v before o; up
+before down. So the smoothed model is an ordinary one of the same function. max|X_j| comes from a calibration: a forward
+of the float model on a few texts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from research.architecture import Architecture
+from research.model.folding import FloatModel
+from research.model.layers import Settings, make_rotation, visible
+from research.model.parameters import TABLE, Parameter
+from research.model.transformer import Transformer, graph_of
+from research.padding import Padding
+
+LARGEST_FACTOR = 1e5  # and its inverse the smallest: scales of int8 weights must stay float16 numbers
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A place where channels can be rescaled: made by one leaf, read by the products of others."""
+
+    axes: str
+    """Letters of the factors."""
+    divided: str
+    """Path of the leaf that makes the channels."""
+    multiplied: tuple[str, ...]
+    """Paths of the weights that read them; all have the same input."""
+
+
+BOUNDARIES = (
+    Boundary(
+        "ld",
+        "layers/attention_norm/scale_d",
+        ("layers/attention/q_dnh", "layers/attention/k_dkh", "layers/attention/v_dkh"),
+    ),
+    Boundary("lkh", "layers/attention/v_dkh", ("layers/attention/o_nhd",)),
+    Boundary("ld", "layers/mlp_norm/scale_d", ("layers/mlp/gate_df", "layers/mlp/up_df")),
+    Boundary("lf", "layers/mlp/up_df", ("layers/mlp/down_fd",)),
+)
+
+
+def smooth(model: FloatModel, maxima: Mapping[str, np.ndarray], alpha: float) -> FloatModel:
+    """Return a model of the same function with smoother activations.
+
+    `maxima`: largest magnitude of each input channel of the products in the layers, see `logical_maxima`. `alpha`:
+    share of the difficulty that moves from activations to weights, 0 to 1. Float64 inside, leaves are float32.
+    """
+    factors = {boundary: smoothing_factors(boundary, model, maxima, alpha) for boundary in BOUNDARIES}
+
+    def read(path: str) -> np.ndarray:
+        logical = model.read(path)
+        axes, w = _by_group(TABLE[path][0], logical.astype(np.float64), model.architecture)
+        for boundary, factor in factors.items():
+            if path == boundary.divided:
+                w = np.einsum(f"{axes},{boundary.axes}->{axes}", w, 1 / factor)
+            if path in boundary.multiplied:
+                w = np.einsum(f"{axes},{boundary.axes}->{axes}", w, factor)
+        return w.reshape(logical.shape).astype(np.float32)
+
+    return FloatModel(model.architecture, read)
+
+
+def smoothing_factors(
+    boundary: Boundary, model: FloatModel, maxima: Mapping[str, np.ndarray], alpha: float
+) -> np.ndarray:
+    """Return the factors of a boundary, float64, axes `boundary.axes`; 1 where an activation or its weights are 0."""
+    architecture = model.architecture
+    reader = boundary.multiplied[0]
+    x = _largest(*_by_group(_input_axes(reader), maxima[reader], architecture), boundary.axes)
+    w = np.maximum.reduce(
+        [
+            _largest(*_by_group(TABLE[path][0], model.read(path), architecture), boundary.axes)
+            for path in boundary.multiplied
+        ]
+    )
+    moves = (x > 0) & (w > 0)
+    factor = np.where(moves, x, 1.0) ** alpha / np.where(moves, w, 1.0) ** (1 - alpha)
+    return np.where(moves, np.clip(factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR), 1.0)
+
+
+def _input_axes(path: str) -> str:
+    """Return the letters of the input of a stacked weight, layer first."""
+    axes, contract = TABLE[path]
+    return "".join(letter for letter in axes if letter == "l" or letter in contract)
+
+
+def _by_group(axes: str, x: np.ndarray, architecture: Architecture) -> tuple[str, np.ndarray]:
+    """Return the letters and the array with query heads `n` told apart as kv head and query of its group, `kg`."""
+    if "n" not in axes:
+        return axes, x
+    n = axes.index("n")
+    split = (architecture.kv_heads, architecture.queries_per_kv)
+    return axes.replace("n", "kg"), x.reshape(*x.shape[:n], *split, *x.shape[n + 1 :])
+
+
+def _largest(axes: str, x: np.ndarray, kept: str) -> np.ndarray:
+    """Return the largest magnitudes over all axes but those `kept`, float64."""
+    return np.abs(x).max(axis=tuple(i for i, letter in enumerate(axes) if letter not in kept)).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched(Settings):
+    """Settings that show the input of every product; the model itself knows nothing of it."""
+
+    see: Callable[[str, jax.Array], None] = lambda path, x: None
+
+    def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+        self.see(path, x)
+        return super().product(path, subscripts, x, param)
+
+
+def input_maxima(
+    settings: Settings, weights: Any, tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array
+) -> dict[str, jax.Array]:
+    """Return path → largest magnitude of each input channel of that product, float32 [l, contracted axes, padded].
+
+    To be jitted; arguments as in `research.tasks.batches.Batch`, branch -1 (padding) doesn't count. The layers run as
+    in `Transformer`, but what is seen in one of them has to leave the scan with it.
+    """
+    seen: dict[str, jax.Array] = {}
+
+    def see(path: str, x: jax.Array) -> None:
+        counts = (branch_bt >= 0).reshape(*branch_bt.shape, *[1] * (x.ndim - 2))
+        seen[path] = jnp.where(counts, jnp.abs(x.astype(jnp.float32)), 0).max(axis=(0, 1))
+
+    watched = _Watched(**vars(settings), see=see)
+    model: Transformer = nnx.merge(graph_of(watched), weights)
+    graph, layers = nnx.split(model.layers)
+    rotation, mask_bts = make_rotation(settings.architecture, position_bt), visible(branch_bt, branch_bt)
+
+    def layer(x_btd: jax.Array, weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, None, jnp.int32(0))
+        return settings.constrain(x_btd, "btd"), dict(seen)
+
+    return jax.lax.scan(layer, model.embed(tokens_bt), nnx.as_pure(layers))[1]
+
+
+def logical_maxima(maxima: Mapping[str, jax.Array], table: Mapping[str, Parameter]) -> dict[str, np.ndarray]:
+    """Return what `input_maxima` found as host arrays without padding, float32 [l, contracted axes]."""
+
+    def unpad(path: str, found: jax.Array) -> np.ndarray:
+        parameter, axes = table[path], _input_axes(path)
+        padding = zip(parameter.axes, parameter.padding.axes, strict=True)
+        return np.asarray(Padding(tuple(axis for letter, axis in padding if letter in axes)).unpad(np.asarray(found)))
+
+    return {path: unpad(path, found) for path, found in maxima.items()}
