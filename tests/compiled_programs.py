@@ -9,6 +9,6 @@ from pathlib import Path
 OPTIONS: dict[str, str | int | float] = {
     "jax_compilation_cache_dir": str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"),
     "jax_compilation_cache_max_size": 2**30,  # bytes; the least recently used go first
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_compile_time_secs": 0.5,
     "jax_persistent_cache_min_entry_size_bytes": -1,  # whatever the file system
 }

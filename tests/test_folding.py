@@ -86,6 +86,7 @@ def test_a_rotated_model_runs_on_a_mesh(source: Architecture, mesh_of: Callable[
     assert folds.relative(found, folds.logits(model)) < folds.NEUTRAL
 
 
+@pytest.mark.slow
 def test_int8_loses_less_of_a_rotated_model_with_outliers() -> None:
     """On the average of three draws of signs, which spread an outlier over 24 channels more or less evenly."""
     model = folds.with_outliers(inner=1)  # that of an MLP, before its down-projection, is not rotated

@@ -42,6 +42,8 @@ from research.train.dry_run import memory_per_device, show_dry_run
 from research.train.state import checkpoint_items, restore_state
 from research.train.step import TrainState, make_optimizer, make_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Blocks of 16 along h and along d, heads and f and v that divide by no mesh.
 ARCHITECTURE = replace(tiny.ARCHITECTURE, width=384, head_width=16, kv_heads=3)
 OPTIMIZER = replace(tiny.OPTIMIZER, moments="int8", clip_norm=1e9)  # clipping would sum in the mesh's order
@@ -107,6 +109,7 @@ def single() -> tuple[Setup, Any, TrainState]:
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.slow
 def test_equal_gradients_give_equal_bits_on_every_mesh(sizes: dict[str, int], single) -> None:
     setup, _, state = two_steps(sizes)
     wanted = logical_leaves(single[2].optimizer, single[0])
@@ -117,6 +120,7 @@ def test_equal_gradients_give_equal_bits_on_every_mesh(sizes: dict[str, int], si
         assert sum(split) == 1 and moment.codes.any()
 
 
+@pytest.mark.slow
 def test_moments_go_round_the_meshes_unchanged(tmp_path: Path, single) -> None:
     setup, _, state = single
     wanted = logical_leaves(state.optimizer, setup)
@@ -294,6 +298,7 @@ def train(adam: optax.GradientTransformation) -> tuple[np.ndarray, Any]:
 
 
 @pytest.mark.parametrize("b2", (0.95, 0.999))
+@pytest.mark.slow
 def test_loss_follows_that_of_float32_moments(b2: float) -> None:
     wanted, _ = train(optax.scale_by_adam(0.9, b2))
     losses, state = train(scale_by_adam_8bit(0.9, b2))

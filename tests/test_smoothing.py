@@ -58,6 +58,7 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("source", (tiny.GQA_9_3, tiny.GQA_10_2), ids=("9/3", "10/2"))
+@pytest.mark.slow
 def test_the_calibration_is_the_same_on_a_mesh(source: Architecture, mesh_of: Callable[..., Mesh]) -> None:
     """Padded and shared heads, padded feed-forward, rows and width in pieces."""
     mesh, model = mesh_of(fsdp=2, tensor=4), tiny.float_model(source)
@@ -156,6 +157,7 @@ def test_a_smoothed_model_runs_on_a_mesh(mesh_of: Callable[..., Mesh]) -> None:
     assert folds.relative(found, folds.logits(model)) < folds.NEUTRAL
 
 
+@pytest.mark.slow
 def test_int8_loses_less_of_a_smoothed_model_with_outliers() -> None:
     model = folds.with_outliers()
     before, after = folds.w8a8_error(model), folds.w8a8_error(smoothed(model))
