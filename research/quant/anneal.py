@@ -6,7 +6,8 @@ Before `begin_step` the model uses the latents, from `end_step` on the codes, ex
     relax   (1 - θ) · v + θ · code, θ from 0 to 1 linearly                                (BinaryRelax, Yin et al. 2018)
 
 in units of the scale. PARQ's map is the proximal operator of a convex, piecewise-affine regulariser; hard rounding is
-its limit ρ → 0. Everything is a function of the step, so that a resumed run goes on with the same weights.
+its limit ρ → 0. Everything is a function of the step. Two compiled programs may round what lies between differently, so
+a checkpoint holds those weights themselves (`train/state.py`).
 """
 
 import jax
