@@ -41,7 +41,7 @@ def _conform(value: Any, annotation: Any) -> Any:
     return value
 
 
-def _check_types(config: Any, section: str) -> None:
+def check_types(config: Any, section: str) -> None:
     """Raise UserError for the first field of `config` of a wrong type or not finite; `section` is like "mesh."."""
     for name, annotation in field_types(type(config)).items():
         value = getattr(config, name)
@@ -50,11 +50,12 @@ def _check_types(config: Any, section: str) -> None:
         except TypeError:
             raise UserError(f"{section}{name}={value!r:.80}: give {type_name(annotation)}") from None
         finite = not isinstance(conforming, float) or math.isfinite(conforming)
-        _require(finite, f"{section}{name}={value!r}: give a finite number")
+        require(finite, f"{section}{name}={value!r}: give a finite number")
         object.__setattr__(config, name, conforming)  # the way of frozen dataclasses to set a field while being made
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
 
@@ -71,11 +72,20 @@ class MeshConfig:
     """Ways in which every weight matrix is split (Megatron layout)."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "mesh.")
+        check_types(self, "mesh.")
         sizes = {axis.name: getattr(self, axis.name) for axis in fields(self)}
         for name, size in sizes.items():
-            _require(size >= 1 or size == -1, f"mesh.{name}={size}: give a size of at least 1, or -1 for what is left")
-        _require(list(sizes.values()).count(-1) <= 1, f"mesh {sizes}: only one size may be -1")
+            require(size >= 1 or size == -1, f"mesh.{name}={size}: give a size of at least 1, or -1 for what is left")
+        require(list(sizes.values()).count(-1) <= 1, f"mesh {sizes}: only one size may be -1")
+
+
+def require_run_name(run: str) -> None:
+    """Raise UserError unless `run` is empty or names a folder below runs/."""
+    path = PurePosixPath(run)
+    require(
+        not (path.is_absolute() or ".." in path.parts or "\\" in run or (run and not path.name)),
+        f"run={run!r}: give the name of a folder below runs/",
+    )
 
 
 ESTIMATORS = ("identity", "clipped")
@@ -116,23 +126,23 @@ class Rule:
     """Those of the letters that a product sums over, e.g. "i"."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "quantization: Rule.")
-        _require(bool(self.match), "quantization: Rule.match is empty: give a regular expression for parameter paths")
+        check_types(self, "quantization: Rule.")
+        require(bool(self.match), "quantization: Rule.match is empty: give a regular expression for parameter paths")
         try:
             re.compile(self.match)
         except re.error as error:
             message = f"quantization: Rule.match={self.match!r} is not a regular expression: {error}"
             raise UserError(message) from None
         for name, allowed in (("estimator", ESTIMATORS), ("anneal", ANNEALING)):
-            _require(
+            require(
                 getattr(self, name) in allowed,
                 f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",
             )
-        _require(
+        require(
             0 <= self.begin_step <= self.end_step,
             f"quantization: Rule.begin_step={self.begin_step}, end_step={self.end_step}: give 0 ≤ begin ≤ end",
         )
-        _require(
+        require(
             self.anneal == "none" or self.begin_step < self.end_step,
             f"quantization: Rule.anneal={self.anneal!r} needs steps to do it in: give begin_step < end_step",
         )
@@ -164,19 +174,19 @@ class TaskConfig:
     """Use only the first N test examples of the split; 0 = all."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "task.")
-        _require(
+        check_types(self, "task.")
+        require(
             (self.name == "own_data") == bool(self.path),
             f"task.name={self.name!r} with task.path={self.path!r}: own_data needs a path, and only own_data reads one",
         )
-        _require(len(self.lengths) > 0, "task.lengths is empty: give at least one sequence length in tokens")
-        _require(
+        require(len(self.lengths) > 0, "task.lengths is empty: give at least one sequence length in tokens")
+        require(
             list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] > 0,
             f"task.lengths={self.lengths}: give increasing positive numbers of tokens",
         )
         for name in ("train_examples", "validation_examples", "test_examples"):
-            _require(getattr(self, name) >= 0, f"task.{name}={getattr(self, name)}: give 0 (all) or more")
-        _require(not self.prompt or "{text}" in self.prompt, f"task.prompt={self.prompt!r}: it must contain {{text}}")
+            require(getattr(self, name) >= 0, f"task.{name}={getattr(self, name)}: give 0 (all) or more")
+        require(not self.prompt or "{text}" in self.prompt, f"task.prompt={self.prompt!r}: it must contain {{text}}")
 
 
 MOMENTS = ("float32", "int8")
@@ -196,10 +206,10 @@ class FoldConfig:
     """Training examples whose activations smooth looks at, evenly spread over the split."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "fold.")
-        _require(0 <= self.seed < 2**32, f"fold.seed={self.seed}: give 0 to 2**32 - 1")
-        _require(0 <= self.smooth <= 1, f"fold.smooth={self.smooth}: give 0 (off) to 1")
-        _require(
+        check_types(self, "fold.")
+        require(0 <= self.seed < 2**32, f"fold.seed={self.seed}: give 0 to 2**32 - 1")
+        require(0 <= self.smooth <= 1, f"fold.smooth={self.smooth}: give 0 (off) to 1")
+        require(
             self.calibration_examples >= 1, f"fold.calibration_examples={self.calibration_examples}: give 1 or more"
         )
 
@@ -230,20 +240,20 @@ class OptimizerConfig:
     """Adam's learning rate for the base-2 logarithm of learned scales."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "optimizer.")
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: give a positive number")
-        _require(
+        check_types(self, "optimizer.")
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: give a positive number")
+        require(
             self.scale_learning_rate > 0,
             f"optimizer.scale_learning_rate={self.scale_learning_rate}: give a positive number",
         )
-        _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: give a positive number")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: give 0 or more")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: give 0 or more")
-        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction}: give 0 to 1")
+        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: give a positive number")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: give 0 or more")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: give 0 or more")
+        require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction}: give 0 to 1")
         for name in ("b1", "b2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)}: give 0 to below 1")
-        _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}: give a positive number")
-        _require(self.moments in MOMENTS, f"optimizer.moments={self.moments!r}: give one of {MOMENTS}")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)}: give 0 to below 1")
+        require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}: give a positive number")
+        require(self.moments in MOMENTS, f"optimizer.moments={self.moments!r}: give one of {MOMENTS}")
 
 
 DTYPES = ("float32", "bfloat16")
@@ -270,26 +280,29 @@ class TrainConfig:
     """Layers per iteration of the scan: more compile time for more speed."""
     loss_chunk: int = 256
     """Answer positions whose logits exist at one time."""
+    distill: float = 0.0
+    """Share of the loss that is the divergence from the float foundation's predictions (forward KL); 0 = none."""
     max_nonfinite: int = 3
     """Skipped non-finite steps in a row after which the run stops."""
     seed: int = 0
     """Seed of data order and initialisation."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "train.")
+        check_types(self, "train.")
         for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "max_nonfinite"):
-            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: give 1 or more")
-        _require(
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: give 1 or more")
+        require(
             self.batch_size % self.accumulate == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate}",
         )
+        require(0 <= self.distill <= 1, f"train.distill={self.distill}: give 0 (the task alone) to 1")
         for name in ("compute_dtype", "param_dtype"):
-            _require(getattr(self, name) in DTYPES, f"train.{name}={getattr(self, name)!r}: give one of {DTYPES}")
-        _require(
+            require(getattr(self, name) in DTYPES, f"train.{name}={getattr(self, name)!r}: give one of {DTYPES}")
+        require(
             self.rematerialize in REMATERIALIZATION,
             f"train.rematerialize={self.rematerialize!r}: give one of {REMATERIALIZATION}",
         )
-        _require(0 <= self.seed < 2**32, f"train.seed={self.seed}: give 0 to 2**32 - 1")
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed}: give 0 to 2**32 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,10 +317,10 @@ class EvaluationConfig:
     """Resamples behind each 95 % interval."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "evaluation.")
-        _require(self.batch_size >= 1, f"evaluation.batch_size={self.batch_size}: give 1 or more")
-        _require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: give 0 or more")
-        _require(self.bootstrap_samples >= 1, f"evaluation.bootstrap_samples={self.bootstrap_samples}: give 1 or more")
+        check_types(self, "evaluation.")
+        require(self.batch_size >= 1, f"evaluation.batch_size={self.batch_size}: give 1 or more")
+        require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps}: give 0 or more")
+        require(self.bootstrap_samples >= 1, f"evaluation.bootstrap_samples={self.bootstrap_samples}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +333,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; the best one on validation loss is kept besides."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "checkpoint.")
-        _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: give 0 or more")
-        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: give 1 or more")
+        check_types(self, "checkpoint.")
+        require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: give 0 or more")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,8 +348,8 @@ class LoggingConfig:
     """Whether TensorBoard event files are written."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "logging.")
-        _require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: give 1 or more")
+        check_types(self, "logging.")
+        require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,10 +372,6 @@ class Experiment:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
-        _require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
-        run = PurePosixPath(self.run)
-        _require(
-            not (run.is_absolute() or ".." in run.parts or "\\" in self.run or (self.run and not run.name)),
-            f"run={self.run!r}: give the name of a folder below runs/",
-        )
+        check_types(self, "")
+        require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
+        require_run_name(self.run)

@@ -16,42 +16,51 @@ from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
 
-from research import config as schema
+from research import comparison
+from research.comparison import Comparison
 from research.config import Experiment, field_types, type_name
 from research.errors import UserError, nearest
+
+Config = TypeVar("Config", Experiment, Comparison)
 
 RESUME_MAY_CHANGE = ("mesh", "train.steps", "logging", "run")
 """Fields or sections that may differ between a run and its continuation."""
 
 
-def load_experiment(path: str | Path, overrides: Mapping[str, str] | None = None) -> Experiment:
-    """Return the experiment of a config file with overrides (dotted name → text) and a name for its run folder.
+def load_experiment(
+    path: str | Path, overrides: Mapping[str, str] | None = None, kind: type[Config] = Experiment
+) -> Config:
+    """Return the config of a file, of type `kind`, with overrides (dotted name → text) and a name for its run folder.
 
     Raises UserError for everything that can be wrong with the file or an override.
     """
-    experiment = apply_overrides(load_config(path), overrides or {})
+    experiment = apply_overrides(load_config(path, kind), overrides or {})
     return experiment if experiment.run else replace(experiment, run=Path(path).stem)
 
 
-def load_config(path: str | Path) -> Experiment:
+def load_config(path: str | Path, kind: type[Config] = Experiment) -> Config:
     """Return what the `get_config()` of a config file returns, the types and values of its fields checked."""
     path = Path(path)
     module = _run_config(path, _read_source(path))
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"{path}: defines no function get_config(); it must return an Experiment")
+        raise UserError(f"{path}: defines no function get_config(); it must return {_a(kind)}")
     try:
         experiment = get_config()
     except (Exception, SystemExit) as error:
         raise UserError(_raised(path, error)) from error
-    if not isinstance(experiment, Experiment):
-        kind = "None (is a `return` missing?)" if experiment is None else f"a {type(experiment).__name__}"
-        raise UserError(f"{path}: get_config() returned {kind}, not an Experiment")
+    if not isinstance(experiment, kind):
+        found = "None (is a `return` missing?)" if experiment is None else _a(type(experiment))
+        raise UserError(f"{path}: get_config() returned {found}, not {_a(kind)}")
     return experiment
+
+
+def _a(kind: type) -> str:
+    return f"an {kind.__name__}" if kind.__name__[0] in "AEIOU" else f"a {kind.__name__}"
 
 
 def _read_source(path: Path) -> bytes:
@@ -93,15 +102,15 @@ def _raised(path: Path, error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"{place}: {message}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    made = getattr(schema, unknown[1], None) if unknown else None
+    made = getattr(comparison, unknown[1], None) if unknown else None  # it has the names of `config`, too
     if unknown and isinstance(made, type) and is_dataclass(made):
         return f"{place}: {unknown[1]} has no field {unknown[2]!r}{nearest(unknown[2], field_types(made))}"
     return f"{place}: raised {type(error).__name__}: {message}"
 
 
-def field_names(experiment: Experiment) -> list[str]:
+def field_names(experiment: Config) -> list[str]:
     """Return the dotted names of all fields that can be overridden, e.g. "mesh.tensor", "quantization.0.weight"."""
-    return [name for name, _ in _leaves(experiment, Experiment, "")]
+    return [name for name, _ in _leaves(experiment, type(experiment), "")]
 
 
 def _leaves(value: Any, annotation: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -120,12 +129,12 @@ def _holds_dataclasses(annotation: Any) -> bool:
     return get_origin(annotation) is tuple and is_dataclass(get_args(annotation)[0])
 
 
-def apply_overrides(experiment: Experiment, overrides: Mapping[str, str]) -> Experiment:
+def apply_overrides(experiment: Config, overrides: Mapping[str, str]) -> Config:
     """Return `experiment` with the fields named in `overrides` (dotted name → text) replaced, all at once.
 
     Tuples are written with commas (`32,64`), booleans as true or false, an absent optional value as none.
     """
-    types = dict(_leaves(experiment, Experiment, ""))
+    types = dict(_leaves(experiment, type(experiment), ""))
     tree = json.loads(to_json(experiment))
     for name, text in overrides.items():
         if name not in types:
@@ -135,18 +144,18 @@ def apply_overrides(experiment: Experiment, overrides: Mapping[str, str]) -> Exp
         for section in sections:
             node = node[int(section)] if isinstance(node, list) else node[section]
         node[leaf] = _parse(name, types[name], text)
-    return _build(Experiment, tree, "")
+    return _build(type(experiment), tree, "")
 
 
-def _unknown_field(experiment: Experiment, name: str, names: list[str]) -> str:
+def _unknown_field(experiment: Config, name: str, names: list[str]) -> str:
     flag = f"--config.{name}"
-    if name.split(".")[0] == "quantization" and not experiment.quantization:
+    if name.split(".")[0] == "quantization" and isinstance(experiment, Experiment) and not experiment.quantization:
         return f"{flag}: this config has no quantization rules; write them in the config file"
     below = [other for other in names if other.startswith(f"{name}.")]
     if below:
         return f"{flag}: has no value of its own; set one of its fields: {', '.join(below)}"
     close = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"{flag}: no such field{nearest(name, close or field_types(Experiment))}"
+    return f"{flag}: no such field{nearest(name, close or field_types(type(experiment)))}"
 
 
 def _parse(name: str, annotation: Any, text: str) -> Any:
@@ -167,13 +176,14 @@ def _parse(name: str, annotation: Any, text: str) -> Any:
         raise UserError(f"--config.{name}={text}: give {type_name(annotation)}{written}") from None
 
 
-def print_fields(experiment: Experiment) -> None:
+def print_fields(experiment: Config) -> None:
     """Print all `--config.…` flags with type, meaning and the value they have in `experiment`."""
     description = "Fields of the experiment. A tuple is written with commas: --config.task.lengths=32,64"
 
-    def show(config: Experiment = experiment) -> None:
+    def show(config: Any = experiment) -> None:
         """Give tyro the prefix "config."; its help ends in SystemExit before this runs."""
 
+    show.__annotations__["config"] = type(experiment)
     options = (tyro.conf.FlagConversionOff,)
     try:
         tyro.cli(show, description=description, args=["--help"], use_underscores=True, config=options)
@@ -181,12 +191,12 @@ def print_fields(experiment: Experiment) -> None:
         return
 
 
-def to_json(experiment: Experiment) -> str:
+def to_json(experiment: Config) -> str:
     """Return the experiment as JSON text that `from_json` turns back into an equal one."""
     return json.dumps(asdict(experiment), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def from_json(text: str, place: str = "config.json") -> Experiment:
+def from_json(text: str, place: str = "config.json", kind: type[Config] = Experiment) -> Config:
     """Return the experiment of a JSON text; `place` names its file in errors.
 
     A field that the text lacks gets its default: configs of older runs stay readable when a field is added.
@@ -196,7 +206,7 @@ def from_json(text: str, place: str = "config.json") -> Experiment:
     except json.JSONDecodeError as error:
         raise UserError(f"{place}:{error.lineno}: is not JSON: {error.msg}") from None
     try:
-        return _build(Experiment, tree, "")
+        return _build(kind, tree, "")
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
@@ -223,7 +233,7 @@ def _build(annotation: Any, tree: Any, prefix: str) -> Any:
     return make(**{key: _build(types[key], item, f"{prefix}{key}.") for key, item in tree.items()})
 
 
-def differences(old: Experiment, new: Experiment) -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
     """Return the dotted names of the fields that differ; "quantization" where the number of rules does."""
     return list(_differences(old, new, ""))
 
@@ -239,7 +249,7 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
         yield prefix.removesuffix(".")
 
 
-def require_resumable(old: Experiment, new: Experiment) -> None:
+def require_resumable(old: Config, new: Config) -> None:
     """Raise UserError that lists the fields in which a run's continuation differs, other than those that may."""
     may_change = tuple(f"{name}." for name in RESUME_MAY_CHANGE)
     changed = [name for name in differences(old, new) if not f"{name}.".startswith(may_change)]

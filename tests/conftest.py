@@ -28,6 +28,15 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+# Long files first: one that begins last would run alone, on one of the cores.
+LONG_FILES = ("test_scripts.py", "test_step.py", "test_optimizer_exam.py", "test_transformer.py", "test_state.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `LONG_FILES` in front; the order within a file stays."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def simulated_devices() -> None:
     """Fail at once, with the reason, where the devices are not those that the tests are written for."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import pytest
 
 from research.quant import (
     Encoded,
@@ -84,7 +85,10 @@ FORMS = (
     Form("ternary", "ternary", "tensor", recalibrates=False),
 )
 QUANTIZED = tuple(form for form in FORMS if form.grid != "fp32")
+BRIEF = tuple(form for form in FORMS if form.name in ("identity", "brain", "half", "channel", "int4 learned", "int2"))
+"""One form of each kind: what the fast tests examine in bfloat16; the slow ones examine all."""
 PARAM_DTYPES = ("float32", "bfloat16")
+EACH_DTYPE = pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
 
 # The matrix leaves of a branch: axis letters, those that a product sums over, sizes.
 LEAVES = {
@@ -201,9 +205,9 @@ def start(dtype: str, forms: tuple[Form, ...] = FORMS) -> tuple[optax.GradientTr
 
 
 @cache
-def history(dtype: str) -> History:
-    """Train every form for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
-    tx, params, state = start(dtype)
+def history(dtype: str, forms: tuple[Form, ...] = FORMS) -> History:
+    """Train forms for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
+    tx, params, state = start(dtype, forms)
 
     def step(carry: Any, batch: PyTree) -> tuple[Any, History]:
         before, state = carry

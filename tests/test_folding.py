@@ -78,7 +78,9 @@ def test_values_are_rotated_by_a_matrix_for_each_head() -> None:
     np.testing.assert_allclose(norms, norms[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("source", (tiny.GQA_9_3, tiny.GQA_10_2), ids=("9/3", "10/2"))
+@pytest.mark.parametrize(
+    "source", (pytest.param(tiny.GQA_9_3, marks=pytest.mark.slow), tiny.GQA_10_2), ids=("9/3", "10/2")
+)
 def test_a_rotated_model_runs_on_a_mesh(source: Architecture, mesh_of: Callable[..., Mesh]) -> None:
     model = tiny.float_model(source)
     rotated = rotate(model, seed=0)

@@ -17,7 +17,7 @@ from research.model.layers import visible
 from research.model.placement import place_float
 from research.setup import Setup, make_setup, put_batch
 from research.tasks.batches import Batch
-from research.train.metrics import answer_nll, loss_sums, token_nll
+from research.train.metrics import answer_nll, answers_against_teacher, distillation_sums, loss_sums, token_nll
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,13 +41,17 @@ def float_setup(tensor: int) -> tuple[Setup, Any]:
     return setup, place_float(tiny.foundation().__getitem__, setup.table, setup.mesh)
 
 
+def plain_logits(setup: Setup, weights: Any, batch: Batch) -> jax.Array:
+    """All logits at the answers, [b, a, v], of the vocabulary without its padding."""
+    model = nnx.merge(setup.graph, weights)
+    hidden_btd, _ = model(batch.tokens_bt, batch.position_bt, visible(batch.branch_bt, batch.branch_bt))
+    logits_btv = model.embed.logits(hidden_btd)[:, :, : tiny.ARCHITECTURE.vocabulary]
+    return jnp.take_along_axis(logits_btv, batch.source_ba[:, :, None], axis=1)
+
+
 def plain_nll(setup: Setup, weights: Any, batch: Batch) -> jax.Array:
     """The same from the logits of all positions and the whole vocabulary, less its padding, at once."""
-    model = nnx.merge(setup.graph, weights)
-    mask_bts = visible(batch.branch_bt, batch.branch_bt)
-    hidden_btd, _ = model(batch.tokens_bt, batch.position_bt, mask_bts)
-    logits_btv = model.embed.logits(hidden_btd)[:, :, : tiny.ARCHITECTURE.vocabulary]
-    logp_bav = jnp.take_along_axis(jax.nn.log_softmax(logits_btv), batch.source_ba[:, :, None], axis=1)
+    logp_bav = jax.nn.log_softmax(plain_logits(setup, weights, batch))
     picked_ba = jnp.take_along_axis(logp_bav, batch.target_ba[:, :, None], axis=2)[:, :, 0]
     return jnp.where(batch.answer_ba > 0, -picked_ba, 0)
 
@@ -65,13 +69,54 @@ def test_loss_and_gradient_are_those_of_the_full_logits(tensor: int) -> None:
 
         (_, plain_ba), wanted = jax.jit(jax.value_and_grad(plain_sum, has_aux=True))(weights)
         assert (np.asarray(plain_ba)[used_ba] > 0).all()
-        sums = jax.jit(jax.value_and_grad(lambda w: loss_sums(setup.graph, w, rows, 24), has_aux=True))
-        (total, count), gradient = sums(weights)
+
+        def sums(weights: Any) -> tuple[jax.Array, jax.Array]:
+            found = loss_sums(setup.graph, weights, rows, 24)
+            return found.nll, found.tokens
+
+        (total, count), gradient = jax.jit(jax.value_and_grad(sums, has_aux=True))(weights)
         assert float(count) == used_ba.sum() and float(total) == pytest.approx(np.asarray(plain_ba).sum(), rel=1e-5)
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-5), gradient, wanted)
         for chunk in CHUNKS if tensor == 1 else ():
             nll_ba = jax.jit(lambda w, chunk=chunk: answer_nll(setup.graph, w, rows, chunk))(weights)
             np.testing.assert_allclose(nll_ba, plain_ba, rtol=1e-5, atol=1e-6, err_msg=f"chunk {chunk}")
+
+
+@pytest.mark.parametrize("tensor", (1, pytest.param(4, marks=pytest.mark.slow)))
+def test_divergence_from_a_teacher_and_its_gradient_are_those_of_the_full_logits(tensor: int) -> None:
+    setup, teacher = float_setup(tensor)
+    rng = np.random.default_rng(8)
+    student = jax.tree.map(lambda w: w * jnp.asarray(1 + 0.1 * rng.normal(size=w.shape), jnp.float32), teacher)
+    used_ba = batch().answer_ba > 0
+    with jax.set_mesh(setup.mesh):
+        rows = put_batch(batch(), setup.mesh)
+
+        def plain_sum(weights: Any) -> tuple[jax.Array, Any]:
+            logits_bav, teacher_bav = (plain_logits(setup, w, rows) for w in (weights, teacher))
+            agree_ba = logits_bav.argmax(-1) == teacher_bav.argmax(-1)
+            p_bav = jax.nn.softmax(teacher_bav)
+            cross_ba = -(p_bav * jax.nn.log_softmax(logits_bav)).sum(-1)
+            kl_ba = jnp.where(used_ba, cross_ba + (p_bav * jnp.log(p_bav)).sum(-1), 0)
+            return kl_ba.sum(), (kl_ba, agree_ba & used_ba)
+
+        def ours(weights: Any) -> jax.Array:
+            return distillation_sums(setup.graph, weights, setup.graph, teacher, rows, 24).divergence
+
+        (total, (kl_ba, agree_ba)), wanted = jax.jit(jax.value_and_grad(plain_sum, has_aux=True))(student)
+        assert float(total) > 0.1 and agree_ba.any() and not agree_ba[used_ba].all()
+        found, gradient = jax.jit(jax.value_and_grad(ours))(student)
+        assert float(found) == pytest.approx(float(total), rel=1e-4)  # differences of logarithms of some nats
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-5), gradient, wanted)
+
+        @jax.jit
+        def against(weights: Any) -> Any:
+            return answers_against_teacher(setup.graph, weights, setup.graph, teacher, rows, 16)
+
+        np.testing.assert_allclose(against(student).divergence_ba, kl_ba, rtol=1e-3, atol=1e-6)
+        np.testing.assert_array_equal(against(student).agrees_ba, agree_ba)
+        # A model from itself: nothing, but for what float32 loses in logits of some nats.
+        np.testing.assert_allclose(against(teacher).divergence_ba, 0, atol=2e-6)
+        np.testing.assert_array_equal(against(teacher).agrees_ba, used_ba)
 
 
 def test_the_padded_vocabulary_gets_no_probability() -> None:
@@ -112,7 +157,7 @@ def test_full_logits_never_exist() -> None:
     tokens_bt, slots_ba = np.zeros((b, t), np.int32), np.zeros((b, a), np.int32)
     rows = Batch(tokens_bt, tokens_bt, tokens_bt, slots_ba, slots_ba, slots_ba + 1)
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.grad(lambda w: loss_sums(setup.graph, w, rows, b * per_row)[0]))
+        program = jax.jit(jax.grad(lambda w: loss_sums(setup.graph, w, rows, b * per_row).nll))
         text = program.lower(weights).compile().as_text()
     arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)}
     over_vocabulary = {shape for shape in arrays if padded in shape or padded // shards in shape}

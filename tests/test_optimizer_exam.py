@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 from exam import (
+    BRIEF,
+    EACH_DTYPE,
     LATE,
     LEAVES,
-    PARAM_DTYPES,
     QUANTIZED,
     STILL,
     Form,
@@ -40,7 +41,6 @@ from research.quant import (
 from research.quant.grid import GRIDS, calibrate, decode, encode
 
 EACH_FORM = pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
-EACH_DTYPE = pytest.mark.parametrize("dtype", PARAM_DTYPES)
 
 
 # 1. On the grid
@@ -76,10 +76,14 @@ def test_plain_optax_apply_updates_lands_where_it_is_promised(form: Form, dtype:
         assert not form.plain_lands or missed == (0, 0), name
 
 
-def test_updates_stay_float32() -> None:
-    """Rounded to bfloat16 they would miss the grid."""
-    updates = history("bfloat16").updates
-    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {np.dtype("float32")}
+def test_updates_of_bfloat16_params_stay_float32_and_land_on_the_grid() -> None:
+    """Rounded to bfloat16 they would miss it."""
+    seen = history("bfloat16", BRIEF)
+    assert {leaf.dtype for leaf in jax.tree.leaves(seen.updates)} == {np.dtype("float32")}
+    for path, encoded in encoded_leaves(seen.encoded).items():
+        form, name = path.split("/")
+        assert seen.after[form][name].dtype == "bfloat16"
+        assert np.array_equal(bits(reference_decode(encoded)), bits(seen.after[form][name])), path
 
 
 # 7. Leaves that go wrong in their own way

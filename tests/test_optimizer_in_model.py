@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 from exam import (
+    EACH_DTYPE,
     FORMS,
     LEAVES,
-    PARAM_DTYPES,
     QUANTIZED,
     STEPS,
     Form,
@@ -38,7 +38,6 @@ IN_MODEL = tuple(
     for form in FORMS
     if form.grid in {"fp32", *CASTS, *LARGEST} and not form.scale and form.estimator == "identity"
 )
-EACH_DTYPE = pytest.mark.parametrize("dtype", PARAM_DTYPES)
 EACH_FORM_AND_IDENTITY = pytest.mark.parametrize("form", IN_MODEL, ids=lambda form: form.name)
 
 

@@ -24,6 +24,7 @@ PLACES = {
     "layers and out": (dict(data=4, fsdp=2), ("fsdp", None, "data")),
     "replicated over data": (dict(data=2, tensor=4), (None, "tensor", None)),
 }
+SLOW_PLACES = ("contracted", "out", "out and contracted", "replicated over data")  # the others split these axes, too
 
 
 def policy(splits: tuple[int, ...] = (1, 1, 1), forms: tuple[Form, ...] = QUANTIZED) -> Policy:
@@ -83,7 +84,9 @@ def single(mesh_of):
     return encoded_on(mesh_of(), (None, None, None))
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_PLACES else ()) for name in PLACES]
+)
 def test_codes_and_scales_are_equal_on_every_mesh(mesh_of, single, name: str) -> None:
     sizes, spec = PLACES[name]
     first, (params, state) = encoded_on(mesh_of(**sizes), spec)
@@ -113,7 +116,9 @@ def test_encoding_moves_maxima_and_no_weights(mesh_of) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis_type", "dtype"), [(AxisType.Auto, "bfloat16"), (AxisType.Explicit, "float32")], ids=["auto", "explicit"]
+    ("axis_type", "dtype"),
+    [(AxisType.Auto, "bfloat16"), pytest.param(AxisType.Explicit, "float32", marks=pytest.mark.slow)],
+    ids=["auto", "explicit"],
 )
 def test_structure_dtypes_and_shardings_are_stable(mesh_of, axis_type: AxisType, dtype: str) -> None:
     """Also where a step pins no sharding: what belongs to a weight stays where the weight lies."""

@@ -140,6 +140,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert found["results"] == summary["results"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_on_another_mesh_with_more_steps(folder: Path, trained: tuple[Path, Done]) -> None:
     """The learning rate is constant here, so that a run of fewer steps is the beginning of a longer one."""
     path = folder / "runs" / "moved"

@@ -151,6 +151,7 @@ def test_factors_are_bounded() -> None:
     np.testing.assert_allclose(factor_lf[:, 5], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_smoothed_model_runs_on_a_mesh(mesh_of: Callable[..., Mesh]) -> None:
     model = tiny.float_model(tiny.GQA_9_3)
     found = folds.logits(smoothed(rotate(model, seed=0)), mesh=mesh_of(tensor=4))

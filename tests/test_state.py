@@ -64,14 +64,19 @@ def logical_bits(state: Any, setup: Setup) -> dict[str, bytes]:
     return {key: bits(layout(key, leaf.shape, setup.table).padding.unpad(leaf)) for key, leaf in keyed.items()}
 
 
-def test_state_goes_round_the_meshes_unchanged(tmp_path: Path) -> None:
+SHORT_WAY = ({"tensor": 3}, {"fsdp": 2, "tensor": 4}, {"tensor": 1})
+LONG_WAY = (*SHORT_WAY, {"tensor": 8}, {"data": 2, "fsdp": 2}, {"tensor": 4})
+
+
+@pytest.mark.parametrize("way", (SHORT_WAY, pytest.param(LONG_WAY, marks=pytest.mark.slow)), ids=("short", "long"))
+def test_state_goes_round_the_meshes_unchanged(tmp_path: Path, way: tuple[dict[str, int], ...]) -> None:
     start = {"tensor": 4}
     run = tiny.start(tiny.W8A8, **start)
     run.advance(2)
     wanted = logical_bits(run.state, run.setup)
     assert len(wanted) > 40
     path = save(tmp_path / "0", run.state, start)
-    for number, sizes in enumerate(({"tensor": 1}, {"tensor": 3}, {"fsdp": 2, "tensor": 4}, {"tensor": 8}, start), 1):
+    for number, sizes in enumerate(way, 1):
         setup = setup_on(sizes)
         state = restore(path, setup)
         assert logical_bits(state, setup) == wanted, sizes
@@ -83,7 +88,11 @@ def test_state_goes_round_the_meshes_unchanged(tmp_path: Path) -> None:
         path = save(tmp_path / str(number), state, sizes)
 
 
-@pytest.mark.parametrize("rules", (tiny.W8A8, tiny.FLOAT, LEARNED), ids=("w8a8", "float", "learned and annealed"))
+@pytest.mark.parametrize(
+    "rules",
+    (tiny.W8A8, pytest.param(tiny.FLOAT, marks=pytest.mark.slow), LEARNED),
+    ids=("w8a8", "float", "learned and annealed"),
+)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     sizes = {"tensor": 4}
     run = tiny.start(rules, **sizes)
@@ -104,7 +113,11 @@ def test_a_cast_grid_goes_to_another_mesh(tmp_path: Path) -> None:
     assert logical_bits(restore(path, setup), setup) == logical_bits(run.state, run.setup)
 
 
-@pytest.mark.parametrize(("rules", "bound"), ((tiny.FLOAT, 1e-5), (tiny.W8A8, 1e-3)), ids=("float", "w8a8"))
+@pytest.mark.parametrize(
+    ("rules", "bound"),
+    (pytest.param(tiny.FLOAT, 1e-5, marks=pytest.mark.slow), (tiny.W8A8, 1e-3)),
+    ids=("float", "w8a8"),
+)
 def test_a_run_goes_on_on_another_mesh(tmp_path: Path, rules: tuple[Rule, ...], bound: float) -> None:
     sizes = {"tensor": 4}
     run, other = tiny.start(rules, **sizes), tiny.start(rules)

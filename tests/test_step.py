@@ -31,6 +31,13 @@ def _name(sizes: dict[str, int]) -> str:
     return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
+def _meshes(*, slow: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Every mesh of `MESHES`; those that the fast tests cover by other ones, or with another policy, are slow."""
+    marks = {name: pytest.mark.slow for name in slow}
+    meshes = [pytest.param(sizes, id=_name(sizes), marks=marks.get(_name(sizes), ())) for sizes in MESHES]
+    return pytest.mark.parametrize("sizes", meshes)
+
+
 @pytest.fixture(scope="module")
 def single() -> dict[str, list[float]]:
     """Losses of five steps on one device, by policy."""
@@ -58,14 +65,14 @@ def w8a8_bounds() -> np.ndarray:
     return bounds
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=_name)
+@_meshes(slow=("data4", "fsdp4", "tensor4"))
 def test_sharded_equals_single_in_float(sizes: dict[str, int], single: dict[str, list[float]]) -> None:
     losses = tiny.start(tiny.FLOAT, **sizes).advance(STEPS)
     # The project's promise for float policies; the sums of a step differ in their order only.
     np.testing.assert_allclose(losses, single["float"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=_name)
+@_meshes(slow=("data4", "fsdp2-tensor2"))
 def test_sharded_equals_single_in_w8a8(
     sizes: dict[str, int], single: dict[str, list[float]], w8a8_bounds: np.ndarray
 ) -> None:
@@ -126,10 +133,11 @@ COLLECTIVES = {
     "fsdp4": {"all-reduce": 7, "all-gather": 26, "all-to-all": 2},
     "tensor4": {"all-reduce": 14},
     "fsdp2-tensor2": {"all-reduce": 25, "all-gather": 26, "all-to-all": 2, "collective-permute": 1},
+    "data2-tensor4": {"all-reduce": 17},
 }
 
 
-@pytest.mark.parametrize("sizes", ({"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}), ids=_name)
+@_meshes(slow=("data4", "fsdp2-tensor2", "data2-tensor4"))
 def test_collectives_of_a_step(sizes: dict[str, int]) -> None:
     run = tiny.start(tiny.W8A8, **sizes)
     with jax.set_mesh(run.mesh):
@@ -156,7 +164,9 @@ def test_padding_is_neutral_over_20_steps_on_one_device() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("where", ({"padded_for": 4}, {"tensor": 4}), ids=_name)
+@pytest.mark.parametrize(
+    "where", (pytest.param({"padded_for": 4}, marks=pytest.mark.slow), {"tensor": 4}), ids=("one device", "tensor4")
+)
 def test_padding_is_neutral_over_20_steps_in_w8a8(where: dict[str, int], w8a8_bounds: np.ndarray) -> None:
     plain, padded = tiny.start(tiny.W8A8), tiny.start(tiny.W8A8, **where)
     deviation = np.abs(np.array(padded.advance(LONG)) / np.array(plain.advance(LONG)) - 1)
@@ -196,8 +206,8 @@ def test_scales_are_those_of_the_unpadded_tensor() -> None:
 
 
 def test_accumulation_is_the_whole_batch() -> None:
-    whole = tiny.start(tiny.FLOAT, data=4).advance(3)
-    parts = tiny.start(tiny.FLOAT, train=TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=2), data=4).advance(3)
+    whole = tiny.start(tiny.FLOAT).advance(3)
+    parts = tiny.start(tiny.FLOAT, train=TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=2)).advance(3)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)  # sums in another order
 
 

@@ -109,7 +109,7 @@ def test_logits_are_those_of_transformers_on_a_mesh(
     assert _relative(logits_btv, expected["logits_btv"]) < PARITY
 
 
-PADDED = [(tiny.GQA_9_3, tiny.FLOAT, 1), (tiny.GQA_10_2, tiny.W8A8, 2)]
+PADDED = [pytest.param(tiny.GQA_9_3, tiny.FLOAT, 1, marks=pytest.mark.slow), (tiny.GQA_10_2, tiny.W8A8, 2)]
 
 
 @pytest.mark.parametrize("architecture, rules, copies", PADDED, ids=["9/3 float", "10/2 w8a8"])
@@ -230,6 +230,7 @@ def test_training_and_serving_compute_the_same_bits_on_four_devices(mesh_of: Cal
     np.testing.assert_array_equal(_train(model, mesh)[0], _logits(model, _tokens(), mesh))
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32() -> None:
     """A rounding is 0.4 %; there are some dozen one after the other to a logit, and twice as many to a gradient."""
     model = tiny.make(tiny.GQA_9_3, compute_dtype="bfloat16")

@@ -110,12 +110,7 @@ def training_batches(
     Raises:
         UserError: a batch larger than the split, or one that doesn't divide into micro-batches over the processes.
     """
-    parts = accumulate * process_count
-    if batch_size % parts:
-        raise UserError(
-            f"train.batch_size={batch_size} does not divide into train.accumulate={accumulate} micro-batches over "
-            f"{process_count} processes; give a multiple of {parts}"
-        )
+    _require_parts(batch_size, accumulate, process_count)
     # The last token of an answer is not read.
     row_lengths = np.array(
         [
@@ -136,6 +131,43 @@ def training_batches(
         local = np.split(numbers, process_count)[process_index]
         rows = [(examples.prompts[number], [examples.answers[examples.gold_e[number]]]) for number in local]
         return _make_batch(rows, len(local), length, slots)
+
+    return grain.MapDataset.range(steps).map(make)
+
+
+def _require_parts(batch_size: int, accumulate: int, process_count: int) -> None:
+    parts = accumulate * process_count
+    if batch_size % parts:
+        raise UserError(
+            f"train.batch_size={batch_size} does not divide into train.accumulate={accumulate} micro-batches over "
+            f"{process_count} processes; give a multiple of {parts}"
+        )
+
+
+def window_training_batches(
+    windows: Sequence[np.ndarray],
+    length: int,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    accumulate: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset[tuple[Batch, ...]]:
+    """Return the micro-batches of a run over windows of plain text, by step; arguments as in `training_batches`.
+
+    `windows`: token ids of each, at most `length`; every token but a window's first is predicted.
+    """
+    _require_parts(batch_size, accumulate, process_count)
+    order = TrainingOrder(len(windows), seed, batch_size)
+
+    def make(step: int) -> tuple[Batch, ...]:
+        return tuple(make_part(part) for part in np.split(order.rows(step), accumulate))
+
+    def make_part(numbers: np.ndarray) -> Batch:
+        local = np.split(numbers, process_count)[process_index]
+        return window_batch([windows[number] for number in local], len(local), length)
 
     return grain.MapDataset.range(steps).map(make)
 
@@ -215,16 +247,19 @@ def text_batches(tokens: Sequence[int], window: int, batch_size: int = 1) -> Ite
     # A last window of one token predicts nothing.
     windows = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
     for start in range(0, len(windows), batch_size):
-        batch = _empty_batch(batch_size, length, length - 1)
-        for row, part in enumerate(windows[start : start + batch_size]):
-            size = len(part)
-            batch.tokens_bt[row, :size] = part
-            batch.position_bt[row, :size] = np.arange(size)
-            batch.branch_bt[row, :size] = 0
-            batch.source_ba[row, : size - 1] = np.arange(size - 1)
-            batch.target_ba[row, : size - 1] = part[1:]
-            batch.answer_ba[row, : size - 1] = 1
-        yield batch
+        yield window_batch(windows[start : start + batch_size], batch_size, length)
+
+
+def window_batch(windows: Sequence[np.ndarray], batch_size: int, length: int) -> Batch:
+    """Return rows of plain text, a window of at most `length` token ids each, and empty rows up to `batch_size`."""
+    batch = _empty_batch(batch_size, length, length - 1)
+    for row, window in enumerate(windows):
+        size = len(window)
+        _put(batch, row, 0, window, 0, 0)
+        batch.source_ba[row, : size - 1] = np.arange(size - 1)
+        batch.target_ba[row, : size - 1] = window[1:]
+        batch.answer_ba[row, : size - 1] = 1
+    return batch
 
 
 def padding_share(batches: Iterable[Batch]) -> float:

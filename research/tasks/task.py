@@ -8,14 +8,16 @@ equal texts always meet in one place (where all but one are removed), and the fi
 import json
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import TypeVar
 
 from research.config import TaskConfig
 from research.errors import UserError
 
 PLACEHOLDER = "{text}"
+Item = TypeVar("Item")
 
 # Upper ends of the splits on the unit interval that hashes fall into: 80 % train, 10 % validation, 10 % test.
 _SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))
@@ -90,7 +92,7 @@ def make_task(
     if prompt.count(PLACEHOLDER) != 1:
         raise UserError(f"task.prompt={prompt!r}: {PLACEHOLDER} must stand in it exactly once")
     unique, duplicates, contradictions = _deduplicate(rows)
-    splits = _split(unique)
+    splits = split_by_hash(unique, lambda example: example.text)
     limits = {
         "train": config.train_examples,
         "validation": config.validation_examples,
@@ -129,14 +131,14 @@ def _deduplicate(rows: Iterable[Example]) -> tuple[list[Example], int, int]:
     return unique, duplicates, contradictions
 
 
-def _split(unique: Iterable[Example]) -> dict[str, tuple[Example, ...]]:
-    """Return split name → examples in the order of their hashes."""
-    splits: dict[str, list[Example]] = {name: [] for name, _ in _SPLITS}
-    hashed = [(sha256(normalise(example.text).encode()).digest(), example) for example in unique]
-    for digest, example in sorted(hashed, key=lambda pair: pair[0]):
+def split_by_hash(items: Iterable[Item], text_of: Callable[[Item], str]) -> dict[str, tuple[Item, ...]]:
+    """Return split name → items, in the order of their texts' hashes: 80 % train, 10 % validation, 10 % test."""
+    splits: dict[str, list[Item]] = {name: [] for name, _ in _SPLITS}
+    hashed = [(sha256(normalise(text_of(item)).encode()).digest(), item) for item in items]
+    for digest, item in sorted(hashed, key=lambda pair: pair[0]):
         place = int.from_bytes(digest[:8], "big") / 2**64
-        splits[next(name for name, end in _SPLITS if place < end or end == 1.0)].append(example)
-    return {name: tuple(examples) for name, examples in splits.items()}
+        splits[next(name for name, end in _SPLITS if place < end or end == 1.0)].append(item)
+    return {name: tuple(found) for name, found in splits.items()}
 
 
 def _shares(examples: tuple[Example, ...], labels: tuple[str, ...]) -> str:

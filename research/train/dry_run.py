@@ -39,6 +39,8 @@ def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[
         "moments": quantized.inner_state,
         "gradients": abstract(floats, setup.table, mesh),
     }
+    if experiment.train.distill:
+        parts["teacher"] = abstract(floats, setup.table, mesh)
     return {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) for name, tree in parts.items()}
 
 

@@ -51,7 +51,7 @@ from research.train.state import (
     restore_state,
     serving_weights,
 )
-from research.train.step import TrainState, make_optimizer, make_state, make_step
+from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
 
 SPLITS = ("train", "validation", "test")
 
@@ -167,10 +167,24 @@ def _score_test(job: Job, title: str, setup: Setup, score: Score, weights: Any) 
     return score_test(title, setup, score, weights, job.examples, job.experiment.evaluation.batch_size, job.console)
 
 
-def _score_foundation(job: Job) -> np.ndarray:
+def _place_foundation(job: Job) -> tuple[Setup, Any]:
+    """Return the float model as it was found, and its weights on the mesh."""
     setup = make_setup(job.foundation.architecture, (), job.experiment.train, job.mesh)
-    weights = place_float(job.foundation.read, setup.table, job.mesh)
+    return setup, place_float(job.foundation.read, setup.table, job.mesh)
+
+
+def _score_foundation(job: Job) -> np.ndarray:
+    setup, weights = _place_foundation(job)
     return _score_test(job, "Scoring the foundation", setup, make_score(setup), weights)
+
+
+def _teacher(job: Job) -> Teacher | None:
+    """Return the float foundation as a teacher, None where the experiment asks for none."""
+    share = job.experiment.train.distill
+    if not share:
+        return None
+    setup, weights = _place_foundation(job)
+    return Teacher(setup.graph, weights, share)
 
 
 def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
@@ -179,7 +193,9 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     state = _restored(job, folder, tx) if resume else None
     if state is None:
         state = make_state(tx, place_float(_smoothed(job).read, setup.table, job.mesh), setup.table, job.mesh)
-    step = make_step(setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state)
+    step = make_step(
+        setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
+    )
     batches = training_batches(
         job.examples.splits["train"],
         experiment.task.lengths,

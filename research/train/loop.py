@@ -48,8 +48,9 @@ def train(
     save: Save,
     validate: Validate | None,
     console: Console,
+    title: str = "Training",
 ) -> Trained:
-    """Run the steps that are left; `batches[i]` are the micro-batches of step i.
+    """Run the steps that are left; `batches[i]` are the micro-batches of step i; `title` is that of the progress bar.
 
     Ends early, having called `save`, if the process is asked to end. Raises `UserError` after `train.max_nonfinite`
     non-finite steps in a row (nothing is saved then: the newest checkpoint is from before).
@@ -57,7 +58,7 @@ def train(
     first, last = int(state.step), experiment.train.steps
     speed = _Speed()
     skipped, stopped = 0, False
-    with Progress(console, "Training", last, done=first) as progress, stop_requests() as stop_requested:
+    with Progress(console, title, last, done=first) as progress, stop_requests() as stop_requested:
         for number in range(first, last):
             parts = batches[number]
             assert parts is not None  # grain's type allows for filtered data sets
@@ -68,6 +69,8 @@ def train(
             skipped += _check_finite(values, number + 1, experiment.train.max_nonfinite)
             done = number + 1
             line = _line(values, speed)
+            if experiment.train.distill:
+                line["divergence"] = values.divergence
             if validate is not None and _due(done, experiment.evaluation.every_steps, last):
                 line["validation_loss"] = validate(state)
             if _due(done, experiment.logging.every_steps, last) or "validation_loss" in line:

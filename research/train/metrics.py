@@ -1,6 +1,7 @@
 """The loss as sums and counts, never means: what is summed over devices and micro-batches is divided once."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,20 @@ from research.model.layers import visible
 from research.tasks.batches import Batch
 
 
+class AgainstTeacher(NamedTuple):
+    """A model's predictions of each answer token beside those of a teacher, float32 [b, a] each; 0 in unused slots.
+
+    Attributes:
+      nll_ba: negative log-probability of the token, nats.
+      divergence_ba: KL(teacher ‖ model) over the whole vocabulary, nats.
+      agrees_ba: 1 where both find the same token the most probable.
+    """
+
+    nll_ba: jax.Array
+    divergence_ba: jax.Array
+    agrees_ba: jax.Array
+
+
 def answer_nll(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> jax.Array:
     """Return the negative log-probability of each answer token, nats, float32 [b, a]; 0 in unused slots.
 
@@ -17,32 +32,63 @@ def answer_nll(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> j
     whole batch exist at a time, split over the vocabulary. The backward pass computes them anew.
     """
     model = nnx.merge(graph, weights)
-    tokens_bt, position_bt, branch_bt, source_ba, target_ba, answer_ba = map(jnp.asarray, batch)
-    mask_bts = visible(branch_bt, branch_bt)
-    hidden_btd, _ = model(tokens_bt, position_bt, mask_bts)
-    hidden_bad = jnp.take_along_axis(hidden_btd, source_ba[:, :, None], axis=1)
-    nll_ba = _chunked_nll(model, hidden_bad, target_ba, max(1, chunk // hidden_bad.shape[0]))
-    return jnp.where(answer_ba > 0, nll_ba, 0.0)
+    return _by_chunk(token_nll, [model], [_answer_states(model, batch)], batch, chunk)
 
 
-def _chunked_nll(model: Any, hidden_bad: jax.Array, target_ba: jax.Array, chunk: int) -> jax.Array:
-    b, a, d = hidden_bad.shape
-    chunk = min(chunk, a)
+def answers_against_teacher(
+    graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
+) -> AgainstTeacher:
+    """Return what a model predicts of each answer token beside what its teacher does; logits as in `answer_nll`.
+
+    No gradient reaches the teacher.
+    """
+
+    def terms(logits_bav: jax.Array, teacher_bav: jax.Array, target_ba: jax.Array) -> AgainstTeacher:
+        agrees_ba = (logits_bav.argmax(axis=-1) == teacher_bav.argmax(axis=-1)).astype(jnp.float32)
+        nll_ba = token_nll(logits_bav, target_ba)
+        return AgainstTeacher(nll_ba, token_divergence(logits_bav, teacher_bav), agrees_ba)
+
+    models = [nnx.merge(graph, weights), nnx.merge(teacher_graph, jax.lax.stop_gradient(teacher_weights))]
+    return _by_chunk(terms, models, [_answer_states(model, batch) for model in models], batch, chunk)
+
+
+def _answer_states(model: Any, batch: Batch) -> jax.Array:
+    """Return the hidden states from which the answer tokens are predicted, [b, a, d]."""
+    mask_bts = visible(jnp.asarray(batch.branch_bt), jnp.asarray(batch.branch_bt))
+    hidden_btd, _ = model(jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt), mask_bts)
+    return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1)
+
+
+def _by_chunk(terms: Callable, models: Sequence[Any], hidden: Sequence[jax.Array], batch: Batch, chunk: int) -> Any:
+    """Return `terms(logits of each model …, target_ba)` of all answer positions, 0 in unused slots.
+
+    `hidden`: the states [b, a, d] of each model. `terms` returns arrays [b, a] and is called for `chunk` positions.
+    """
+    target_ba = jnp.asarray(batch.target_ba)
+    b, a = target_ba.shape
+    chunk = min(max(1, chunk // b), a)
     chunks = -(-a // chunk)
-    fill = ((0, 0), (0, chunks * chunk - a))
-    hidden_cbad = jnp.pad(hidden_bad, (*fill, (0, 0))).reshape(b, chunks, chunk, d).swapaxes(0, 1)
-    target_cba = jnp.pad(target_ba, fill).reshape(b, chunks, chunk).swapaxes(0, 1)
 
-    # The layer's modules must not be captured by the checkpoint as constants: split them into structure and arrays.
-    graph, weights = nnx.split(model)
+    def split(x_ba: jax.Array) -> jax.Array:
+        filled = jnp.pad(x_ba, ((0, 0), (0, chunks * chunk - a), *[(0, 0)] * (x_ba.ndim - 2)))
+        return filled.reshape(b, chunks, chunk, *x_ba.shape[2:]).swapaxes(0, 1)
+
+    # The layers' modules must not be captured by the checkpoint as constants: split them into structure and arrays.
+    parts = [nnx.split(model) for model in models]
+    pure = [nnx.as_pure(weights) for _, weights in parts]
 
     @jax.checkpoint
-    def one(weights: Any, hidden_bad: jax.Array, target_ba: jax.Array) -> jax.Array:
-        return token_nll(nnx.merge(graph, weights).logits(hidden_bad), target_ba)
+    def one(weights: Sequence[Any], hidden: Sequence[jax.Array], target_ba: jax.Array) -> Any:
+        logits = [
+            nnx.merge(graph, w).logits(h_bad) for (graph, _), w, h_bad in zip(parts, weights, hidden, strict=True)
+        ]
+        return terms(*logits, target_ba)
 
-    pure = nnx.as_pure(weights)
-    nll_cba = jax.lax.map(lambda part: one(pure, *part), (hidden_cbad, target_cba))
-    return nll_cba.swapaxes(0, 1).reshape(b, chunks * chunk)[:, :a]
+    found = jax.lax.map(lambda part: one(pure, *part), ([split(h_bad) for h_bad in hidden], split(target_ba)))
+    used_ba = jnp.asarray(batch.answer_ba) > 0
+    return jax.tree.map(
+        lambda x_cba: jnp.where(used_ba, x_cba.swapaxes(0, 1).reshape(b, chunks * chunk)[:, :a], 0.0), found
+    )
 
 
 def token_nll(logits_bav: jax.Array, target_ba: jax.Array) -> jax.Array:
@@ -55,7 +101,36 @@ def token_nll(logits_bav: jax.Array, target_ba: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_bav, axis=-1) - target_logit_ba
 
 
-def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Return the summed negative log-probability of the answers, nats, and their number of tokens, float32 scalars."""
-    nll_ba = answer_nll(graph, weights, batch, chunk)
-    return nll_ba.sum(), (batch.answer_ba > 0).sum().astype(jnp.float32)
+def token_divergence(logits_bav: jax.Array, teacher_bav: jax.Array) -> jax.Array:
+    """Return KL(teacher ‖ model) = Σ_v p_teacher · (log p_teacher − log p_model), nats, float32 [b, a].
+
+    Both have logits of -inf at the vocabulary's padding, which counts nothing.
+    """
+    logp_bav, teacher_logp_bav = jax.nn.log_softmax(logits_bav), jax.nn.log_softmax(teacher_bav)
+    terms_bav = jnp.exp(teacher_logp_bav) * (teacher_logp_bav - logp_bav)
+    return jnp.where(jnp.isfinite(teacher_bav), terms_bav, 0.0).sum(axis=-1)
+
+
+class LossSums(NamedTuple):
+    """Sums over a batch's answer tokens, float32 scalars; nats. `divergence`: 0 without a teacher."""
+
+    nll: jax.Array
+    divergence: jax.Array
+    tokens: jax.Array
+
+
+def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> LossSums:
+    """Return the negative log-probability of the answers and their number of tokens."""
+    return _sums(answer_nll(graph, weights, batch, chunk), jnp.zeros(()), batch)
+
+
+def distillation_sums(
+    graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
+) -> LossSums:
+    """Return what `loss_sums` does, and the divergence from the teacher."""
+    found = answers_against_teacher(graph, weights, teacher_graph, teacher_weights, batch, chunk)
+    return _sums(found.nll_ba, found.divergence_ba, batch)
+
+
+def _sums(nll_ba: jax.Array, divergence_ba: jax.Array, batch: Batch) -> LossSums:
+    return LossSums(nll_ba.sum(), divergence_ba.sum(), (batch.answer_ba > 0).sum().astype(jnp.float32))

@@ -17,7 +17,7 @@ from research.quant.moments import moment_blocks, scale_by_adam_8bit
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
 from research.tasks.batches import Batch
-from research.train.metrics import loss_sums
+from research.train.metrics import LossSums, distillation_sums, loss_sums
 
 
 class TrainState(NamedTuple):
@@ -37,7 +37,8 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """What a step reports, float32 scalars but for the counts."""
 
-    loss: jax.Array  # nats per answer token
+    loss: jax.Array  # nats per answer token, of the task alone
+    divergence: jax.Array  # KL(teacher ‖ model), nats per answer token; 0 without a teacher
     tokens: jax.Array  # answer tokens that the loss is over
     grad_norm: jax.Array  # before clipping
     learning_rate: jax.Array
@@ -102,14 +103,24 @@ class GradientSums(NamedTuple):
     """What micro-batches add up to.
 
     Attributes:
-      nll: negative log-probability of the answers, nats, float32 scalar.
-      tokens: number of their tokens, float32 scalar.
-      gradients: of `nll` with respect to the on-grid params, float32, tree like params.
+      losses: sums over answer tokens, and their number.
+      gradients: of the loss that is minimised, with respect to the on-grid params, float32, tree like params.
     """
 
-    nll: jax.Array
-    tokens: jax.Array
+    losses: LossSums
     gradients: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A model whose predictions are learned, too; it stays as it is.
+
+    `share`: what the divergence from its predictions counts in the loss, 0 to 1; the task has the rest.
+    """
+
+    graph: nnx.GraphDef
+    weights: Any
+    share: float
 
 
 @dataclass(frozen=True)
@@ -120,14 +131,15 @@ class Step:
     """
 
     zeros: Callable[[], GradientSums]
-    add: Callable[[TrainState, Batch, GradientSums], GradientSums]
+    add: Callable[[TrainState, Batch, GradientSums, Any], GradientSums]
     update: Callable[[TrainState, GradientSums], tuple[TrainState, StepMetrics]]
+    teacher_weights: Any = None
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> tuple[TrainState, StepMetrics]:
         """Return the next state, for which `state` is donated, and the metrics of the step."""
         sums = self.zeros()
         for batch in micro_batches:
-            sums = self.add(state, batch, sums)
+            sums = self.add(state, batch, sums, self.teacher_weights)
         return self.update(state, sums)
 
 
@@ -139,35 +151,47 @@ def make_step(
     table: Table,
     mesh: Mesh,
     state: TrainState,
+    teacher: Teacher | None = None,
 ) -> Step:
-    """Return the jitted step; `state` gives the shardings that every step keeps."""
+    """Return the jitted step; `state` gives the shardings that every step keeps.
+
+    With a teacher the loss is (1 - share) · task loss + share · KL(teacher ‖ model), the forward KL on all logits.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
     state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    sums_layout: Any = GradientSums(whole, whole, shardings(state.params, table, mesh))  # pyright: ignore
+    scalars: Any = LossSums(whole, whole, whole)  # pyright: ignore
+    sums_layout = GradientSums(scalars, shardings(state.params, table, mesh))
     schedule = make_schedule(optimizer, train.steps)
 
     def zeros() -> GradientSums:
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
-        return GradientSums(jnp.float32(0), jnp.float32(0), gradients)
+        return GradientSums(LossSums(*jnp.zeros(3)), gradients)
 
-    def add(state: TrainState, batch: Batch, sums: GradientSums) -> GradientSums:
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            return loss_sums(graph, view(params, state.optimizer), batch, train.loss_chunk)
+    def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
+        weights = view(params, state.optimizer)
+        if teacher is None:
+            sums = loss_sums(graph, weights, batch, train.loss_chunk)
+            return sums.nll, sums
+        sums = distillation_sums(graph, weights, teacher.graph, teacher_weights, batch, train.loss_chunk)
+        return (1 - teacher.share) * sums.nll + teacher.share * sums.divergence, sums
 
-        (nll, tokens), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    def add(state: TrainState, batch: Batch, sums: GradientSums, teacher_weights: Any = None) -> GradientSums:
+        gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights)
         widened = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        return jax.tree.map(jnp.add, sums, GradientSums(nll, tokens, widened))
+        return jax.tree.map(jnp.add, sums, GradientSums(losses, widened))
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, StepMetrics]:
-        gradients = jax.tree.map(lambda g: g / sums.tokens, sums.gradients)
+        tokens = sums.losses.tokens
+        gradients = jax.tree.map(lambda g: g / tokens, sums.gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it (schedules, Adam's bias correction)
             updated: Any = tx.update(gradients, state.optimizer, state.params)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates, optimizer_state = updated
         params = apply_updates(state.params, updates, optimizer_state)
         metrics = StepMetrics(
-            loss=sums.nll / sums.tokens,
-            tokens=sums.tokens,
+            loss=sums.losses.nll / tokens,
+            divergence=sums.losses.divergence / tokens,
+            tokens=tokens,
             grad_norm=optax.tree.norm(gradients),
             learning_rate=learning_rate,
             nonfinite_in_a_row=optimizer_state.notfinite_count,
@@ -179,4 +203,5 @@ def make_step(
         jax.jit(zeros, out_shardings=sums_layout),
         jax.jit(add, donate_argnums=2, out_shardings=sums_layout),
         jax.jit(update, donate_argnums=0, out_shardings=(state_layout, whole)),
+        teacher and teacher.weights,
     )

@@ -1,0 +1,117 @@
+"""What `scripts/compare.py` compares: ways to quantize one foundation, on one text corpus, with one budget."""
+
+import re
+from dataclasses import dataclass, field
+
+from research.config import (
+    Experiment,
+    MeshConfig,
+    OptimizerConfig,
+    Rule,
+    TrainConfig,
+    check_types,
+    require,
+    require_run_name,
+)
+
+TREATMENTS = ("ptq", "qat", "qat+distillation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Whole documents: some to train on, others to be judged on."""
+
+    name: str = "multi_lexsum"
+    """Registered corpus (multi_lexsum), or own_text with a path."""
+    path: str = ""
+    """own_text: a .jsonl file with a field "text", or a folder of .txt files; a line or a file is a document."""
+    window: int = 256
+    """Tokens of a training row; a held-out document is judged on its first so many."""
+    validation_documents: int = 8
+    """Held-out documents that --sensitivity looks at."""
+    test_documents: int = 32
+    """Held-out documents behind the figures of the table."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "corpus.")
+        require(
+            (self.name == "own_text") == bool(self.path),
+            f"corpus.name={self.name!r} with corpus.path={self.path!r}: own_text needs a path, and only own_text reads"
+            " one",
+        )
+        require(self.window >= 2, f"corpus.window={self.window}: give at least 2 tokens, the first is not predicted")
+        for name in ("validation_documents", "test_documents"):
+            require(getattr(self, name) >= 2, f"corpus.{name}={getattr(self, name)}: give 2 or more, for an interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One way to quantize, by name."""
+
+    name: str
+    quantization: tuple[Rule, ...]
+    """Rules, first match wins."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "schemes: Scheme.")
+        require(
+            bool(re.fullmatch(r"\w[\w .+=-]*", self.name)),
+            f"schemes: Scheme.name={self.name!r}: use letters, digits, spaces and . _ + = -",
+        )
+        require(bool(self.quantization), f"schemes: {self.name!r} has no rule; the float model is compared anyway")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that a comparison depends on.
+
+    The float foundation is always in it. Each scheme is tried in each of `treatments`; all that are trained see the
+    same rows in the same order for the same number of steps.
+    """
+
+    foundation: str = "smollm2-135m-instruct"
+    """Registered name, local directory or file, or hf://organisation/name."""
+    run: str = ""
+    """Name of the folder below runs/; empty: the config file's name."""
+    schemes: tuple[Scheme, ...]
+    """Ways to quantize."""
+    treatments: tuple[str, ...] = TREATMENTS
+    """What is done with each: ptq (round the foundation), qat (train on the task loss), qat+distillation."""
+    control: bool = True
+    """Whether the float model is fine-tuned on the same data, too: what training gains without any quantization."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Budget and arithmetic; train.distill is for qat+distillation alone."""
+    score_batch: int = 8
+    """Documents per forward when judging."""
+    bootstrap_samples: int = 2000
+    """Resamples of documents behind each 95 % interval."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "")
+        require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
+        require_run_name(self.run)
+        require(bool(self.schemes), "schemes is empty: give at least one Scheme")
+        names = [scheme.name for scheme in self.schemes]
+        require(len(set(names)) == len(names), f"schemes {names}: give each a name of its own")
+        unknown = [name for name in self.treatments if name not in TREATMENTS]
+        require(
+            bool(self.treatments) and not unknown,
+            f"treatments={self.treatments}: give some of {', '.join(TREATMENTS)}",
+        )
+        require(
+            ("qat+distillation" in self.treatments) == (self.train.distill > 0),
+            f"train.distill={self.train.distill} with treatments={self.treatments}: qat+distillation needs a share of"
+            " the loss, e.g. 1.0, and nothing else uses it",
+        )
+        for name in ("score_batch", "bootstrap_samples"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: give 1 or more")
+
+    def experiment(self, rules: tuple[Rule, ...], *, distill: bool) -> Experiment:
+        """Return what one arm is trained as; its task is not used."""
+        train = TrainConfig(**{**vars(self.train), "distill": self.train.distill if distill else 0.0})
+        return Experiment(
+            foundation=self.foundation, mesh=self.mesh, quantization=rules, optimizer=self.optimizer, train=train
+        )

