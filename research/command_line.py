@@ -29,10 +29,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def make_parser(description: str | None, example: str, *, overrides: bool = True) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, example: str, *, overrides: bool = True, kind: type = Experiment
+) -> argparse.ArgumentParser:
     """Return the parser of a script, for the script to add its own flags to.
 
     `example`: a whole command, shown by --help. `overrides`: whether the script takes `--config.<field>=value`.
+    `kind`: what its config file returns.
     """
     epilog = f"example:\n  {example}"
     parser = _Parser(
@@ -41,7 +44,7 @@ def make_parser(description: str | None, example: str, *, overrides: bool = True
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(overrides={} if overrides else None)
+    parser.set_defaults(overrides={} if overrides else None, kind=kind)
     return parser
 
 
@@ -58,7 +61,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
     if parser.get_default("overrides") is not None:
         overrides, rest = _split_overrides(argv)
         if "--help-config" in rest:
-            _show_fields(rest, overrides)
+            _show_fields(rest, overrides, parser.get_default("kind"))
     flags, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UserError(_unknown_argument(parser, unknown[0]))
@@ -90,12 +93,14 @@ def _split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
-def _show_fields(rest: list[str], overrides: dict[str, str]) -> NoReturn:
+def _show_fields(rest: list[str], overrides: dict[str, str], kind: type) -> NoReturn:
     """Print the fields of the config file that the command line names, or of the defaults, and leave."""
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(rest)[0].config
-    print_fields(apply_overrides(load_config(path) if path else Experiment(), overrides))
+    if not path and kind is not Experiment:
+        raise UserError(f"--help-config shows the fields of a {kind.__name__}: give its file, --config FILE")
+    print_fields(apply_overrides(load_config(path, kind) if path else Experiment(), overrides))
     sys.exit(0)
 
 
@@ -105,6 +110,7 @@ def _unknown_argument(parser: argparse.ArgumentParser, token: str) -> str:
         return f"unexpected argument {token!r}: every value follows a flag; see --help"
     flags = re.findall(r"--[a-z][a-z-]*", parser.format_usage())
     if parser.get_default("overrides") is not None:
-        fields = [_PREFIX + field for field in (*field_names(Experiment()), *field_types(Experiment))]
+        kind = parser.get_default("kind")
+        fields = [_PREFIX + field for field in (*field_names(kind), *field_types(kind))]
         flags += ["--help-config", *get_close_matches(name, fields, n=1, cutoff=0.5)]
     return f"unknown flag {name}{nearest(name, flags)}"

@@ -108,18 +108,18 @@ def _raised(path: Path, error: BaseException) -> str:
     return f"{place}: raised {type(error).__name__}: {message}"
 
 
-def field_names(experiment: Config) -> list[str]:
-    """Return the dotted names of all fields that can be overridden, e.g. "mesh.tensor", "quantization.0.weight"."""
-    return [name for name, _ in _leaves(experiment, type(experiment), "")]
+def field_names(kind: type) -> list[str]:
+    """Return the dotted names of the fields that a config of type `kind` has without any rule, e.g. "mesh.tensor"."""
+    return [name for name, _ in _leaves(None, kind, "")]
 
 
 def _leaves(value: Any, annotation: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and the type of each field below `value`."""
     if is_dataclass(annotation):
         for name, type_ in field_types(annotation).items():
-            yield from _leaves(getattr(value, name), type_, f"{prefix}{name}.")
+            yield from _leaves(getattr(value, name, None), type_, f"{prefix}{name}.")
     elif _holds_dataclasses(annotation):
-        for index, item in enumerate(value):
+        for index, item in enumerate(value or ()):
             yield from _leaves(item, get_args(annotation)[0], f"{prefix}{index}.")
     else:
         yield prefix.removesuffix("."), annotation

@@ -25,9 +25,22 @@ _DOTS_PER_INCH = 150
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Write the PNG `path` from the lines of metrics.jsonl (as `read_metrics` gives them); `title` names the run."""
+    save_figure(loss_figure(metrics, title), path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as the PNG `path`, whole or not at all."""
     picture = io.BytesIO()
-    loss_figure(metrics, title).savefig(picture, format="png", dpi=_DOTS_PER_INCH)
+    figure.savefig(picture, format="png", dpi=_DOTS_PER_INCH)
     write_atomically(path, picture.getvalue())
+
+
+def style_axes(axes: Axes) -> None:
+    """Give axes the look of all pictures here: a light grid behind, no frame above and at the right."""
+    axes.tick_params(labelsize=11)
+    axes.grid(True, color="#e3e6e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
@@ -47,10 +60,7 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     for axes in (upper, lower):
         axes.set_ylim(0, None if np.isfinite(axes.dataLim.y1) and axes.dataLim.y1 > 0 else 1)
-        axes.tick_params(labelsize=11)
-        axes.grid(True, color="#e3e6e8", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        style_axes(axes)
     return figure
 
 

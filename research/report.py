@@ -31,7 +31,7 @@ from research.tasks.scores import Score
 from research.units import format_bytes, format_count, format_duration, format_rate
 
 _PIPE_COLUMNS = 100
-_NOTHING = "–"
+NOTHING = "–"
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -85,7 +85,7 @@ def describe_padding(table: Mapping[str, Parameter]) -> str:
 
 def render_memory(parts: Mapping[str, int], devices: int) -> Group:
     """Return the table of bytes on one device, by part, with their sum."""
-    table = _table()
+    table = make_table()
     table.add_column(f"memory on each of {devices} devices" if devices > 1 else "memory on the device")
     table.add_column("", justify="right", no_wrap=True)
     for name, size in parts.items():
@@ -154,12 +154,12 @@ class _Coverage:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rules = _rules(self.rows)
         records = ((row.path, [*_cells(row, True), *_rule_and_bytes(rules, row)]) for row in self.rows)
-        stacked = _stacked([*_WIDE_HEADERS, *_LAST_HEADERS], records)
-        yield _first_that_fits(console, options, [self._table(wide=True), self._table(wide=False), stacked])
+        stacked = stacked_table([*_WIDE_HEADERS, *_LAST_HEADERS], records)
+        yield first_that_fits(console, options, [self._table(wide=True), self._table(wide=False), stacked])
 
     def _table(self, *, wide: bool) -> Table:
         """Return the table, wide: one line a parameter; else what doesn't fit on a second line."""
-        table = _table()
+        table = make_table()
         table.add_column("parameter")
         for header in _WIDE_HEADERS if wide else _NARROW_HEADERS:
             table.add_column(header)
@@ -178,7 +178,7 @@ class _Coverage:
 
 
 def _rule_and_bytes(rules: Mapping[str, int], row: CoverageRow) -> list[str]:
-    return [str(rules[row.rule]) if row.rule else _NOTHING, format_bytes(row.bytes)]
+    return [str(rules[row.rule]) if row.rule else NOTHING, format_bytes(row.bytes)]
 
 
 def _cells(row: CoverageRow, wide: bool) -> list[str]:
@@ -225,13 +225,13 @@ class _Results:
     rows: Sequence[tuple[str, ModelResult]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        stacked = _stacked(_FIGURES, ((name, _figures(result, " ")) for name, result in self.rows))
+        stacked = stacked_table(_FIGURES, ((name, _figures(result, " ")) for name, result in self.rows))
         narrow = [self._table("\n", name_width) for name_width in _NAME_WIDTHS]
-        yield _first_that_fits(console, options, [self._table(" ", _NAME_WIDTHS[0]), *narrow, stacked])
+        yield first_that_fits(console, options, [self._table(" ", _NAME_WIDTHS[0]), *narrow, stacked])
 
     def _table(self, between: str, name_width: int) -> Table:
         """Return the table with `between` (a space or a line's end) between a figure and its interval."""
-        table = _table()
+        table = make_table()
         table.add_column("model")
         for name in _FIGURES:
             table.add_column(name, justify="right")
@@ -244,13 +244,13 @@ class _Results:
 
 
 def _figures(result: ModelResult, between: str) -> list[Text]:
-    size = _NOTHING if result.bytes is None else format_bytes(result.bytes)
+    size = NOTHING if result.bytes is None else format_bytes(result.bytes)
     return [*(_estimate(score, between) for score in (result.loss, result.macro_f1, result.accuracy)), Text(size)]
 
 
 def _estimate(estimate: Score | None, between: str) -> Text:
     if estimate is None:
-        return Text(_NOTHING)
+        return Text(NOTHING)
     interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
     return Text.assemble((f"{estimate.value:.3f}", "bold"), between, (interval, "dim"))
 
@@ -321,11 +321,12 @@ def print_commands(console: Console, commands: Mapping[str, str]) -> None:
         console.print(Text(command), soft_wrap=True)
 
 
-def _table() -> Table:
+def make_table() -> Table:
+    """Return an empty table in the style of all tables here."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
 
 
-def _stacked(headers: Sequence[str], records: Iterable[tuple[str, Sequence[str | Text]]]) -> Table:
+def stacked_table(headers: Sequence[str], records: Iterable[tuple[str, Sequence[str | Text]]]) -> Table:
     """Return a table of two columns: below the name of each record its figures, one a line, empty ones left out."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(overflow="fold")
@@ -338,7 +339,7 @@ def _stacked(headers: Sequence[str], records: Iterable[tuple[str, Sequence[str |
     return table
 
 
-def _first_that_fits(console: Console, options: ConsoleOptions, tables: Sequence[Table]) -> Table:
+def first_that_fits(console: Console, options: ConsoleOptions, tables: Sequence[Table]) -> Table:
     """Return the first of `tables` that fits with nothing wrapped, or the last.
 
     The choice can't be left to rich, which cuts columns that may not wrap: a cut number is a wrong number.

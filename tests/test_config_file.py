@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research import config_file
+from research.comparison import Comparison
 from research.config import Experiment, MeshConfig, OptimizerConfig, Rule, TaskConfig, TrainConfig
 from research.config_file import (
     _parse,
@@ -25,7 +26,9 @@ from research.config_file import (
 )
 from research.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+SHIPPED = Path(__file__).parents[1] / "configs"
+COMPARISONS = sorted(SHIPPED.glob("compare_*.py"))
+CONFIGS = sorted(set(SHIPPED.glob("*.py")) - set(COMPARISONS))
 HEAD = "from research.config import Experiment, MeshConfig, Rule\n"
 TWO_RULES = Experiment(quantization=(Rule(match="a", weight="int8"), Rule(match="b", weight="bf16")))
 
@@ -62,6 +65,17 @@ def test_shipped_configs_load_and_say_how_to_run_them(path: Path) -> None:
     text = path.read_text()
     for part in (f"python scripts/finetune.py --config configs/{path.name}", "Hardware:", "Result:"):
         assert part in text
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_shipped_comparisons_load_and_say_how_to_run_them(path: Path) -> None:
+    comparison = load_experiment(path, kind=Comparison)
+    assert comparison.run == path.stem and from_json(to_json(comparison), kind=Comparison) == comparison
+    for part in (f"python scripts/compare.py --config configs/{path.name}", "Hardware:", "Result:"):
+        assert part in path.read_text()
+    for scheme in comparison.schemes:
+        matched = [name for name in MATRICES if any(re.fullmatch(rule.match, name) for rule in scheme.quantization)]
+        assert matched == MATRICES, scheme.name
 
 
 # The parameters of a tied and of an untied decoder, as the model names them.
@@ -228,7 +242,7 @@ def test_optional_value_of_a_wrong_type() -> None:
 def test_printed_fields_are_all_fields_with_their_values(capsys) -> None:
     print_fields(replace(TWO_RULES, train=TrainConfig(steps=1234)))
     text = capsys.readouterr().out
-    for name in field_names(TWO_RULES):
+    for name in [*field_names(Experiment), "quantization.0.weight", "quantization.1.match"]:
         assert f"--config.{name} " in text
     assert "1234" in text and "Optimizer steps" in text
 

@@ -1,0 +1,25 @@
+"""Four-bit SmolLM2-135M-Instruct: what rounding costs, and how much of it training and distillation bring back.
+
+The seven matrices of each layer in four bits, on GGUF's Q4_0 grid in groups of 32 and with one scale per output
+channel; embedding and head stay float. 60 steps of one row of 256 tokens, 15,360 in all, for each arm that is trained.
+
+    Command:  python scripts/compare.py --config configs/compare_int4.py
+    Hardware: one CPU device, two cores
+    Result:   not measured yet
+"""
+
+from research.comparison import Comparison, Scheme
+from research.config import OptimizerConfig, Rule, TrainConfig
+
+
+def get_config() -> Comparison:
+    """Return the comparison: what differs from the defaults."""
+    matrices = "layers/(attention|mlp)/.*"
+    return Comparison(
+        schemes=(
+            Scheme(name="q4_0 g32", quantization=(Rule(match=matrices, weight="q4_0", granularity="group:32"),)),
+            Scheme(name="int4 channel", quantization=(Rule(match=matrices, weight="int4", granularity="channel"),)),
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=6, weight_decay=0.0),
+        train=TrainConfig(steps=60, batch_size=1, accumulate=1, distill=1.0),
+    )

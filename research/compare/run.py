@@ -1,0 +1,212 @@
+"""The job behind `scripts/compare.py`: each arm trained and judged, one after the other; a stopped one is resumed."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from research.compare.arms import FLOAT, Arm, arms_of
+from research.compare.bench import Bench, bytes_by_path, make_bench
+from research.compare.plot import plot_comparison
+from research.compare.scores import DocumentScores, Figures, figures_of, make_document_score, score_documents
+from research.compare.sensitivity import find_sensitivity
+from research.compare.table import render_comparison, render_sensitivity
+from research.comparison import Comparison
+from research.config_file import differences, from_json, to_json
+from research.environment import peak_host_bytes, versions
+from research.errors import Stopped, UserError
+from research.mesh import make_mesh
+from research.model.placement import place_float
+from research.progress import Progress
+from research.report import say
+from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
+from research.setup import Setup, make_setup
+from research.tasks.batches import window_training_batches
+from research.train.loop import train
+from research.train.state import encoded_weights, serving_weights
+from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found of an arm. `bytes`: of its weights as stored; `seconds`, `tokens_per_second`: of training."""
+
+    documents: DocumentScores
+    bytes: int
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) -> dict[str, Any]:
+    """Rank tensors and layers by what rounding each alone costs; return what sensitivity.json holds.
+
+    With a budget a mixed policy of at most so many bytes of weights is proposed. The file lies in
+    runs/<comparison.run>-sensitivity/.
+    """
+    path = Path("runs") / f"{comparison.run}-sensitivity"
+    with RunFolder.create(path, to_json(comparison)), jax.set_mesh(make_mesh(comparison.mesh)):
+        bench = make_bench(comparison, console)
+        found = find_sensitivity(bench, budget_bytes)
+        console.print(render_sensitivity(found, len(bench.corpus.validation)))
+        if budget_bytes is not None and found.proposal is None:
+            say(console, "Budget", f"{budget_bytes:,} bytes hold none; the smallest takes {found.smallest_bytes:,}")
+        summary = plain(found.to_json())
+        write_atomically(path / "sensitivity.json", (json.dumps(summary, indent=2) + "\n").encode())
+        say(console, "Written", str(path / "sensitivity.json"))
+    return summary
+
+
+def compare(comparison: Comparison, *, resume: bool, console: Console, started: float) -> dict[str, Any]:
+    """Run all arms in runs/<comparison.run>/, print the table, draw it, and return what comparison.json holds.
+
+    Arms that the folder has already are not run again. `started`: the `time.monotonic()` at which the command began.
+    Raises `UserError` for what the user can mend, `Stopped` after SIGTERM or Ctrl-C.
+    """
+    folder = _open_folder(comparison, resume)
+    with folder, jax.set_mesh(make_mesh(comparison.mesh)):
+        bench = make_bench(comparison, console)
+        results = {arm: _result(bench, arm, folder.path / "arms" / arm.folder) for arm in arms_of(comparison)}
+        figures = all_figures(results, comparison.bootstrap_samples)
+        documents = len(bench.corpus.test)
+        console.print(render_comparison(figures, results, documents, comparison.corpus.window))
+        plot_comparison(figures, folder.path / "comparison.png")
+        summary = _summary(bench, results, figures, time.monotonic() - started)
+        write_atomically(folder.path / "comparison.json", (json.dumps(summary, indent=2) + "\n").encode())
+        say(console, "Written", f"{folder.path / 'comparison.json'} and comparison.png beside it")
+    return summary
+
+
+def _open_folder(comparison: Comparison, resume: bool) -> RunFolder:
+    path = Path("runs") / comparison.run
+    if not resume:
+        return RunFolder.create(path, to_json(comparison))
+    changed = differences(from_json(read_config(path), str(path / "config.json"), Comparison), comparison)
+    if changed:
+        raise UserError(
+            f"--resume with changed fields: {', '.join(changed)}; take the comparison's own values back, or start"
+            " another with --config.run=NAME"
+        )
+    return RunFolder.resume(path)
+
+
+def _result(bench: Bench, arm: Arm, folder: Path) -> Result:
+    """Return what the folder of an arm holds; train and judge it first if there is nothing."""
+    file = folder / "result.json"
+    if file.exists():
+        tree = json.loads(file.read_text())
+        say(bench.console, "Resume", f"{arm.name} is done")
+        return Result(**{**tree, "documents": DocumentScores.from_json(tree["documents"])})
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _run(bench, arm, folder)
+    tree = vars(found) | {"documents": found.documents.to_json()}
+    write_atomically(file, (json.dumps(plain(tree)) + "\n").encode())
+    return found
+
+
+def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
+    setup = make_setup(bench.foundation.architecture, arm.rules, bench.comparison.train, bench.mesh)
+    size = sum(bytes_by_path(setup).values())
+    if arm.treatment == FLOAT:
+        return Result(judge(bench, arm.name, setup, bench.float_weights), size)
+    tx = make_optimizer(bench.comparison.optimizer, bench.comparison.train, setup.policy, setup.table)
+    state = make_state(tx, place_float(bench.foundation.read, setup.table, bench.mesh), setup.table, bench.mesh)
+    seconds = speed = 0.0
+    if arm.is_trained:
+        started = time.monotonic()
+        state, speed = _train(bench, arm, setup, tx, state, folder)
+        seconds = time.monotonic() - started
+    weights = serving_weights(encoded_weights(state))
+    del state
+    return Result(judge(bench, arm.name, setup, weights), size, seconds, speed)
+
+
+def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, folder: Path) -> tuple[TrainState, float]:
+    """Take the steps of the budget; return the state and the training speed, tokens/s."""
+    experiment = bench.comparison.experiment(arm.rules, distill=arm.is_distilled)
+    budget = experiment.train
+    teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
+    step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)
+    batches = window_training_batches(
+        bench.corpus.train,
+        bench.comparison.corpus.window,
+        seed=budget.seed,
+        steps=budget.steps,
+        batch_size=budget.batch_size,
+        accumulate=budget.accumulate,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    lines = folder / "metrics.jsonl"
+    lines.unlink(missing_ok=True)  # of an arm that was stopped: it begins anew
+    with MetricsLog(lines, None, 0) as log:
+        trained = train(
+            setup,
+            experiment,
+            state,
+            step,
+            batches,
+            log=log,
+            save=lambda state, score: None,
+            validate=None,
+            console=bench.console,
+            title=arm.name,
+        )
+    if trained.stopped:
+        raise Stopped(f"stopped in {arm.name}; the arms before it are kept, and --resume goes on with this one")
+    return trained.state, trained.tokens_per_second
+
+
+def judge(bench: Bench, name: str, setup: Setup, weights: Any) -> DocumentScores:
+    """Return the scores of weights on the test documents, with a progress bar."""
+    windows = bench.corpus.test
+    with Progress(bench.console, f"{name}: judging", len(windows), unit="document") as progress:
+        return score_documents(
+            make_document_score(setup, bench.float_setup),
+            setup,
+            weights,
+            bench.float_weights,
+            windows,
+            bench.comparison.score_batch,
+            progress.update,
+        )
+
+
+def all_figures(results: Mapping[Arm, Result], samples: int) -> dict[Arm, Figures]:
+    """Return the figures of every arm."""
+    base = next(found for arm, found in results.items() if arm.treatment == FLOAT).documents
+    rounded = {arm.scheme: found.documents for arm, found in results.items() if arm.treatment == "ptq"}
+    return {
+        arm: figures_of(found.documents, base, rounded.get(arm.scheme) if arm.is_trained else None, samples)
+        for arm, found in results.items()
+    }
+
+
+def _summary(
+    bench: Bench, results: Mapping[Arm, Result], figures: Mapping[Arm, Figures], seconds: float
+) -> dict[str, Any]:
+    costs = {
+        arm: {"bytes": found.bytes, "seconds": found.seconds, "tokens_per_second": found.tokens_per_second}
+        for arm, found in results.items()
+    }
+    comparison = bench.comparison
+    budget = comparison.train
+    return plain(
+        {
+            "arms": {arm.name: figures[arm].to_json() | costs[arm] for arm in results},
+            "corpus": bench.corpus.summary(),
+            "test_documents": len(bench.corpus.test),
+            "test_tokens": sum(len(window) - 1 for window in bench.corpus.test),
+            "train_tokens": prod((budget.steps, budget.batch_size, comparison.corpus.window)),
+            "foundation": bench.foundation.source,
+            "mesh": dict(bench.mesh.shape),
+            "peak_host_bytes": peak_host_bytes(),
+            "seconds": seconds,
+            "versions": versions(),
+        }
+    )

@@ -1,0 +1,200 @@
+"""The comparison as a user runs it, on a tiny model: every arm, resumed, and what its figures are sums of."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import FOUNDATION, Call, calls_in, check_mistake
+
+from research.compare.scores import DocumentScores, figures_of
+from research.compare.sensitivity import Option, choose
+from research.comparison import Comparison, Scheme
+from research.config import Rule
+from research.errors import UserError
+from research.tasks.scores import Score
+
+CONFIG = f"""
+from research.comparison import Comparison, CorpusConfig, Scheme
+from research.config import OptimizerConfig, Rule, TrainConfig
+
+def get_config():
+    return Comparison(
+        foundation={FOUNDATION!r},
+        corpus=CorpusConfig(
+            name="own_text", path="documents.jsonl", window=16, validation_documents=3, test_documents=6
+        ),
+        schemes=(Scheme(name="int3 channel", quantization=(Rule(match="layers/.*", weight="int3"),)),),
+        control=False,
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+        train=TrainConfig(steps=20, batch_size=4, accumulate=2, distill=1.0),
+        score_batch=4,
+        bootstrap_samples=200,
+    )
+"""
+FLOAT, PTQ, QAT, DISTILLED = (
+    "float: foundation",
+    "int3 channel: ptq",
+    "int3 channel: qat",
+    "int3 channel: qat+distillation",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("comparison")
+    (path / "tiny.py").write_text(CONFIG)
+    words = np.random.default_rng(0)
+    texts = [" ".join(words.choice(["free", "cash", "lunch", "you", "see", "a"], 12)) + f" {n}" for n in range(80)]
+    (path / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    yield from calls_in(folder, monkeypatch, capsys)
+
+
+@pytest.fixture
+def found(folder: Path, call: Call, quick_compilation: None) -> dict[str, Any]:
+    """What the comparison says; it is run by the first test that asks."""
+    file = folder / "runs" / "tiny" / "comparison.json"
+    if not file.exists():
+        done = call("compare.py", "--config", "tiny.py")
+        assert done.code == 0, done.err
+        assert done.last == json.loads(file.read_text())
+        for part in ("of PTQ's cost", "qat+distillation", "6 documents", "20/20"):
+            assert part in done.out
+    return json.loads(file.read_text())
+
+
+def test_every_arm_has_its_figures(folder: Path, found: dict[str, Any]) -> None:
+    arms = found["arms"]
+    assert list(arms) == [FLOAT, PTQ, QAT, DISTILLED]
+    assert abs(arms[FLOAT]["divergence"]["value"]) < 1e-5 and arms[FLOAT]["agreement"]["value"] == 1
+    assert arms[FLOAT]["bytes"] > 2 * arms[PTQ]["bytes"] and arms[PTQ]["bytes"] == arms[QAT]["bytes"]
+    assert arms[DISTILLED]["divergence"]["high"] < arms[PTQ]["divergence"]["low"]
+    recovered = 1 - arms[DISTILLED]["divergence"]["value"] / arms[PTQ]["divergence"]["value"]
+    assert arms[DISTILLED]["divergence_recovered"]["value"] == pytest.approx(recovered)
+    assert arms[PTQ]["divergence_recovered"] is None and arms[QAT]["tokens_per_second"] > 0
+    assert found["test_documents"] == 6 and found["train_tokens"] == 20 * 4 * 16
+    lines = [
+        json.loads(line)
+        for line in (folder / "runs/tiny/arms/int3_channel,qat+distillation/metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == 20 and lines[-1]["divergence"] < lines[0]["divergence"]
+    assert (folder / "runs/tiny/comparison.png").stat().st_size > 10_000
+
+
+def test_a_stopped_comparison_runs_what_is_missing_and_nothing_else(
+    folder: Path, found: dict[str, Any], call: Call
+) -> None:
+    shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "again")
+    config = (folder / "runs/again/config.json").read_text()
+    (folder / "runs/again/config.json").write_text(config.replace('"run": "tiny"', '"run": "again"'))
+    (folder / "runs/again/arms/int3_channel,qat/result.json").unlink()
+    done = call("compare.py", "--config", "tiny.py", "--config.run=again", "--resume")
+    assert done.code == 0, done.err
+    assert done.out.count("is done") == 3 and f"{QAT} is done" not in done.out
+    for name, arm in found["arms"].items():
+        again = done.last["arms"][name]
+        assert again["loss"] == arm["loss"] and again["divergence"] == arm["divergence"], name
+
+
+def test_mistakes(folder: Path, found: dict[str, Any], call: Call) -> None:
+    config = ("--config", "tiny.py")
+    for flags, part in (
+        ((), "runs/tiny already holds a run"),
+        (("--resume", "--config.train.steps=3"), "changed fields: train.steps"),
+        (("--config.run=x", "--config.treatments=ptq,qta"), "treatments=('ptq', 'qta'): give some of ptq, qat"),
+        (("--config.run=x", "--config.train.distill=0"), "qat+distillation needs a share"),
+        (("--config.run=x", "--config.schemes.0.quantization.0.match=layer"), "is the first match of no parameter"),
+        (("--config.run=x", "--config.corpus.test_documents=60"), "corpus own_text holds out"),
+        (("--config.run=x", "--config.corpus.path=none.jsonl"), "corpus.path='none.jsonl'"),
+        (("--config.trian.steps=3",), "did you mean 'train.steps'"),
+        (("--budget", "3"), "--budget goes with --sensitivity"),
+        (("--resume", "--sensitivity"), "--resume has no effect"),
+    ):
+        done = call("compare.py", *config, *flags)
+        check_mistake(done, part)
+    check_mistake(call("compare.py", "--help-config"), "give its file, --config FILE")
+    assert "--config.corpus.window" in call("compare.py", *config, "--help-config").out
+    check_mistake(call("finetune.py", *config), "get_config() returned a Comparison, not an Experiment")
+    assert not (folder / "runs" / "x").exists() or not list((folder / "runs" / "x").glob("*.json"))
+
+
+def test_sensitivity_ranks_and_proposes(folder: Path, call: Call, quick_compilation: None) -> None:
+    done = call("compare.py", "--config", "tiny.py", "--sensitivity", "--budget", "0.02")
+    assert done.code == 0, done.err
+    found = done.last
+    assert found == json.loads((folder / "runs/tiny-sensitivity/sensitivity.json").read_text())
+    cost = {(o["path"], o["rule"]["weight"]): o["divergence"]["value"] for o in found["options"]}
+    assert len(found["layers"]) == 2 and all(score["value"] > 0 for score in found["layers"])
+    assert all(cost[path, "int8"] < value for (path, weight), value in cost.items() if weight == "int3")
+    proposal = found["proposal"]
+    assert proposal["bytes"] <= 0.02 * 2**20 and proposal["measured"]["value"] > 0
+    weights = {option["path"]: (option["rule"] or {"weight": "float"})["weight"] for option in proposal["options"]}
+    assert {path for path, _ in cost} <= set(weights) and {"int3", "int8", "float"} >= set(weights.values())
+    assert proposal["predicted"] == pytest.approx(sum(cost.get(chosen, 0.0) for chosen in weights.items()))
+    assert 'Rule(match="layers/' in done.out
+    small = call("compare.py", "--config", "tiny.py", "--config.run=small", "--sensitivity", "--budget", "0.001")
+    assert f"the smallest takes {found['smallest_bytes']:,}" in small.out and small.last["proposal"] is None
+
+
+def test_intervals_are_paired() -> None:
+    """Documents differ much more than models do: the change of the loss is known much better than the loss."""
+    rng = np.random.default_rng(1)
+    tokens_e = np.full(30, 100.0)
+    nll_e = 100 * rng.normal(3.0, 0.5, 30)
+    change_e = 100 * rng.normal(0.1, 0.01, 30)
+    zeros = np.zeros(30)
+    base = DocumentScores(nll_e, zeros, tokens_e, tokens_e)
+    rounded = DocumentScores(nll_e + change_e, change_e, 0.7 * tokens_e, tokens_e)
+    trained = DocumentScores(nll_e + 0.4 * change_e, 0.5 * change_e, 0.8 * tokens_e, tokens_e)
+    found = figures_of(trained, base, rounded, 500)
+    assert found.loss.high - found.loss.low > 20 * (found.loss_change.high - found.loss_change.low)
+    assert found.loss_change.value == pytest.approx(0.4 * change_e.sum() / 3000)
+    assert found.divergence_recovered is not None and found.loss_recovered is not None
+    for score, value in ((found.divergence_recovered, 0.5), (found.loss_recovered, 0.6), (found.agreement, 0.8)):
+        assert (score.value, score.low, score.high) == pytest.approx((value, value, value))
+    assert figures_of(rounded, base, None, 10).loss_recovered is None
+
+
+def option(path: str, size: int, divergence: float) -> Option:
+    return Option(path, Rule(match=path), size, Score(divergence, divergence, divergence))
+
+
+def test_the_budget_goes_where_it_helps_most() -> None:
+    options = [
+        option("a", 10, 0.5),
+        option("a", 20, 0.1),
+        option("a", 40, 0.0),
+        option("b", 10, 0.3),
+        option("b", 20, 0.2),
+    ]
+
+    def sizes(budget: int) -> dict[str, int] | None:
+        chosen = choose(options, budget)
+        return None if chosen is None else {one.path: one.bytes for one in chosen}
+
+    assert sizes(19) is None
+    assert sizes(29) == {"a": 10, "b": 10}
+    assert sizes(30) == {"a": 20, "b": 10}  # 0.04 a byte, against 0.01 in b
+    assert sizes(40) == {"a": 20, "b": 20}
+    assert sizes(50) == {"a": 20, "b": 20}  # not a alone at 40, which lowers the KL most, but less for a byte
+    assert sizes(60) == {"a": 40, "b": 20}
+
+
+def test_schemes_have_distinct_names_and_rules() -> None:
+    rule = (Rule(match=".*", weight="int4"),)
+    for make, part in (
+        (lambda: Comparison(schemes=()), "schemes is empty"),
+        (lambda: Comparison(schemes=(Scheme(name="a", quantization=rule),) * 2), "give each a name of its own"),
+        (lambda: Scheme(name="a", quantization=()), "has no rule"),
+        (lambda: Scheme(name="a,b", quantization=rule), "Scheme.name='a,b'"),
+    ):
+        with pytest.raises(UserError, match=part):
+            make()
