@@ -102,6 +102,10 @@ class Rule:
     """How the gradient reaches the latent: identity, or clipped (none for weights beyond the grid)."""
     learn_scale: bool = False
     """Whether scales are trained (LSQ) instead of taken from the weights at every step."""
+    recalibrate_every: int = 1
+    """Optimizer steps between calibrations of the scale, which is kept in between; 1: at every step."""
+    hysteresis: float = 0.0
+    """Relative change that a calibration must exceed for the scale to change; 0: it always does."""
     begin_step: int = 0
     """Optimizer step at which the tensor begins to leave its float values."""
     end_step: int = 0
@@ -128,6 +132,9 @@ class Rule:
                 getattr(self, name) in allowed,
                 f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",
             )
+        every = self.recalibrate_every
+        _require(every >= 1, f"quantization: Rule.recalibrate_every={every}: give 1 (at every step) or more")
+        _require(0 <= self.hysteresis < 1, f"quantization: Rule.hysteresis={self.hysteresis}: give 0 (off) to below 1")
         _require(
             0 <= self.begin_step <= self.end_step,
             f"quantization: Rule.begin_step={self.begin_step}, end_step={self.end_step}: give 0 ≤ begin ≤ end",

@@ -7,7 +7,8 @@ A branch has one leaf of every kind that goes wrong in its own way: a matrix (wi
 that stays there, as padding does), stacked layers, a table that is used twice, a vector and a scalar.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,6 +52,9 @@ class Form:
     scale: str = ""
     estimator: str = "identity"
     learn_scale: bool = False
+    held: int = 1  # steps between recalibrations
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of its rule."""
 
     def rule(self, match: str) -> Rule:
         """The rule that gives this format to what matches."""
@@ -61,6 +65,8 @@ class Form:
             scale=self.scale,
             estimator=self.estimator,
             learn_scale=self.learn_scale,
+            recalibrate_every=self.held,
+            **self.more,
         )
 
 
@@ -79,6 +85,7 @@ FORMS = (
     Form("int4 clipped", "int4", "channel", estimator="clipped"),
     Form("int4 learned", "int4", "channel", recalibrates=False, estimator="clipped", learn_scale=True),
     Form("int3", "int3", "channel"),
+    Form("int3 held", "int3", "channel", recalibrates=False, held=2, more={"hysteresis": 0.01}),
     Form("q4_0", "q4_0", "group:32"),
     Form("int2", "int2", "group:32", recalibrates=False),
     Form("ternary", "ternary", "tensor", recalibrates=False),

@@ -32,6 +32,8 @@ IMPOSSIBLE = [
     (Rule, {"match": ""}, "Rule.match is empty"),
     (Rule, {"match": "("}, "Rule.match='\\(' is not a regular expression: missing \\)"),
     (Rule, {"match": "a", "weight": None}, "Rule.weight=None: give a text"),
+    (Rule, {"match": "a", "recalibrate_every": 0}, "Rule.recalibrate_every=0: give 1"),
+    (Rule, {"match": "a", "hysteresis": 1.0}, "Rule.hysteresis=1.0: give 0 \\(off\\) to below 1"),
     (TaskConfig, {"lengths": ()}, "task.lengths is empty"),
     (TaskConfig, {"lengths": (64, 32)}, "increasing"),
     (TaskConfig, {"lengths": (32, 32)}, "increasing"),

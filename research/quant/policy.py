@@ -127,6 +127,12 @@ def _check(rule: Rule) -> None:
             f"quantization rule {rule.match!r}: learn_scale=True, but {rule.weight} has no scale that is positive and"
             " free; take int8, int4, int3, int2 or ternary"
         )
+    if (rule.recalibrate_every, rule.hysteresis) != (1, 0) and (rule.learn_scale or calibration == "cast"):
+        reason = "learn_scale=True trains the scale" if rule.learn_scale else f"{rule.weight} has no scale"
+        raise UserError(
+            f"quantization rule {rule.match!r}: recalibrate_every={rule.recalibrate_every},"
+            f" hysteresis={rule.hysteresis} would have no effect: {reason}; leave them out"
+        )
     if rule.anneal == "parq" and (calibration == "cast" or GRIDS[rule.weight].code_dtype != "int8"):
         raise UserError(
             f"quantization rule {rule.match!r}: anneal='parq' needs a grid of equal steps, {rule.weight} has none; take"
