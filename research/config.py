@@ -94,6 +94,8 @@ class Rule:
     """Regular expression for the whole path of a parameter."""
     weight: str = "fp32"
     """Grid of the weight: fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, int8, int4, int3, int2, ternary or q4_0."""
+    earlier: tuple[str, ...] = ()
+    """Grids before that of weight, each with the optimizer step that ends it: int8:100, int4:200."""
     granularity: str = "channel"
     """What shares one scale: tensor, channel (one per output channel) or group:32 (along the contraction axis)."""
     scale: str = ""
@@ -132,6 +134,14 @@ class Rule:
                 getattr(self, name) in allowed,
                 f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",
             )
+        _require(
+            all(re.fullmatch(r"\w+:[1-9]\d*", entry) for entry in self.earlier),
+            f"quantization: Rule.earlier={self.earlier!r}: give grids with the step that ends each: int8:100, int4:200",
+        )
+        ends = [end for _, end in self.earlier_grids]
+        _require(
+            ends == sorted(set(ends)), f"quantization: Rule.earlier={self.earlier!r}: give steps in increasing order"
+        )
         every = self.recalibrate_every
         _require(every >= 1, f"quantization: Rule.recalibrate_every={every}: give 1 (at every step) or more")
         _require(0 <= self.hysteresis < 1, f"quantization: Rule.hysteresis={self.hysteresis}: give 0 (off) to below 1")
@@ -143,6 +153,11 @@ class Rule:
             self.anneal == "none" or self.begin_step < self.end_step,
             f"quantization: Rule.anneal={self.anneal!r} needs steps to do it in: give begin_step < end_step",
         )
+
+    @property
+    def earlier_grids(self) -> tuple[tuple[str, int], ...]:
+        """Name and end of each grid in `earlier`; the end is the first step that is not on it."""
+        return tuple((name, int(end)) for name, end in (entry.split(":") for entry in self.earlier))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,8 @@ FORMS = (
     Form("int2", "int2", "group:32", recalibrates=False),
     Form("ternary", "ternary", "tensor", recalibrates=False),
 )
+LONG = (Form("int8 to int2", "int2", "group:32", recalibrates=False, more={"earlier": ("int8:60", "int4:130")}),)
+"""Rows that take the whole exam, too, in programs of their own among the slow tests: they are slow to compile."""
 QUANTIZED = tuple(form for form in FORMS if form.grid != "fp32")
 PARAM_DTYPES = ("float32", "bfloat16")
 
@@ -208,9 +210,9 @@ def start(dtype: str, forms: tuple[Form, ...] = FORMS) -> tuple[optax.GradientTr
 
 
 @cache
-def history(dtype: str) -> History:
-    """Train every form for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
-    tx, params, state = start(dtype)
+def history(dtype: str, long: bool = False) -> History:
+    """Train all FORMS, or LONG, for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
+    tx, params, state = start(dtype, LONG if long else FORMS)
 
     def step(carry: Any, batch: PyTree) -> tuple[Any, History]:
         before, state = carry

@@ -11,6 +11,7 @@ import pytest
 from exam import (
     LATE,
     LEAVES,
+    LONG,
     PARAM_DTYPES,
     QUANTIZED,
     STILL,
@@ -39,7 +40,12 @@ from research.quant import (
 )
 from research.quant.grid import GRIDS, calibrate, decode, encode
 
-EACH_FORM = pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
+EACH_FORM = pytest.mark.parametrize(
+    "form",
+    [*QUANTIZED, *(pytest.param(form, marks=pytest.mark.slow) for form in LONG)],
+    ids=lambda form: form.name,
+)
+EACH_TABLE = pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)], ids=("", "long"))
 EACH_DTYPE = pytest.mark.parametrize("dtype", PARAM_DTYPES)
 
 
@@ -49,7 +55,7 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", PARAM_DTYPES)
 @EACH_DTYPE
 @EACH_FORM
 def test_params_are_on_the_grid_after_each_of_200_steps(form: Form, dtype: str) -> None:
-    seen = history(dtype)
+    seen = history(dtype, form in LONG)
     for name in LEAVES:
         encoded = seen.encoded[form.name][name]
         assert np.array_equal(bits(reference_decode(encoded)), bits(seen.after[form.name][name])), name
@@ -67,7 +73,7 @@ def test_params_are_on_the_grid_after_each_of_200_steps(form: Form, dtype: str) 
 @EACH_FORM
 def test_plain_optax_apply_updates_lands_where_it_is_promised(form: Form, dtype: str) -> None:
     """As part of the training program, and as one of its own: a compiler might make p + (q - p) a q in the first."""
-    seen = history(dtype)
+    seen = history(dtype, form in LONG)
     after = {name: seen.after[form.name][name] for name in LEAVES}
     before = {name: jnp.asarray(p[:-1]) for name, p in after.items()}
     updates = {name: jnp.asarray(seen.updates[form.name][name][1:]) for name in LEAVES}
@@ -88,7 +94,7 @@ def test_updates_stay_float32() -> None:
 @EACH_DTYPE
 @EACH_FORM
 def test_channels_of_zeros_stay_zero_or_wake_up_and_nothing_is_negative_zero(form: Form, dtype: str) -> None:
-    seen = history(dtype)
+    seen = history(dtype, form in LONG)
     latent, encoded, after = (tree[form.name] for tree in (seen.latent, seen.encoded, seen.after))
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((latent, after)))
     for name in LEAVES:
@@ -130,23 +136,24 @@ HEADS_OF_SCALE = Padding((AxisPadding.none(1), *HEADS.axes[1:]))
 
 
 @cache
-def trained_heads(padded: bool) -> tuple[PyTree, PyTree]:
+def trained_heads(padded: bool, long: bool) -> tuple[PyTree, PyTree]:
     """Return params and state, a leaf for each form, after 20 AdamW steps with weight decay and fixed gradients."""
+    forms = LONG if long else QUANTIZED
     place = HEADS.pad if padded else (lambda x: x)
     rng = np.random.default_rng(3)
     start, *gradients = (jnp.asarray(place(x)) for x in rng.normal(0, 0.1, (21, *HEADS.logical)).astype(np.float32))
-    rules = tuple(form.rule(form.name) for form in QUANTIZED)
+    rules = tuple(form.rule(form.name) for form in forms)
     leaf = Leaf("dnh", "d", HEADS.logical, (1, 1, 1))
-    tx = quantize(inner_optimizer(), Policy(rules, {form.name: leaf for form in QUANTIZED}))
+    tx = quantize(inner_optimizer(), Policy(rules, {form.name: leaf for form in forms}))
 
     def step(carry: Any, grad_dnh: jax.Array) -> tuple[Any, None]:
         params, state = carry
-        updates, state = update(tx, {form.name: grad_dnh for form in QUANTIZED}, state, params)
+        updates, state = update(tx, {form.name: grad_dnh for form in forms}, state, params)
         return (apply_updates(params, updates, state), state), None
 
     @jax.jit
     def train(start_dnh: jax.Array, gradients: jax.Array) -> tuple[PyTree, PyTree]:
-        state = tx.init({form.name: start_dnh for form in QUANTIZED})
+        state = tx.init({form.name: start_dnh for form in forms})
         return jax.lax.scan(step, (project(state), state), gradients)[0]
 
     return jax.device_get(train(start, jnp.stack(gradients)))
@@ -155,7 +162,8 @@ def trained_heads(padded: bool) -> tuple[PyTree, PyTree]:
 @EACH_FORM
 def test_padding_is_neutral(form: Form) -> None:
     """Padded entries are zero, the rest is as without padding."""
-    (params, state), (plain_params, plain_state) = trained_heads(padded=True), trained_heads(padded=False)
+    long = form in LONG
+    (params, state), (plain_params, plain_state) = trained_heads(True, long), trained_heads(False, long)
     adam = state.inner_state[0]
     encoded, plain = state.encoded[form.name], plain_state.encoded[form.name]
     for tree in (params, state.latent, adam.mu, adam.nu):
@@ -182,19 +190,19 @@ def test_empty_trees_and_lone_scalars(params: PyTree) -> None:
 # 8. What is exported is what was trained
 
 
-def test_export_decodes_to_params_and_encoding_it_again_changes_nothing() -> None:
+@EACH_TABLE
+def test_export_decodes_to_params_and_encoding_it_again_changes_nothing(long: bool) -> None:
     """In bfloat16, too, export decodes to params: the first test compares every step with its codes and scales."""
-    seen = history("float32")
+    seen = history("float32", long)
     last, params = (jax.tree.map(lambda x: jnp.asarray(x[-1]), tree) for tree in (seen.encoded, seen.after))
-
-    forms = {form.name: form for form in QUANTIZED}
+    forms = {form.name: form for form in (LONG if long else QUANTIZED)}
 
     @jax.jit
     def round_trip(leaves: dict[str, Encoded]) -> PyTree:
         return {path: _decode_and_encode_again(e, forms[path.split("/")[0]].scale) for path, e in leaves.items()}
 
     leaves = encoded_leaves(last)
-    assert len(leaves) == len(QUANTIZED) * len(LEAVES)
+    assert len(leaves) == len(forms) * len(LEAVES)
     for path, (decoded, codes, scale) in round_trip(leaves).items():
         form, name = path.split("/")
         assert same_bits(decoded, params[form][name]), path

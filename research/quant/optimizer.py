@@ -33,7 +33,8 @@ from research.quant.estimator import pull_back
 from research.quant.grid import encode
 from research.quant.nodes import Encoded, Quantized
 from research.quant.policy import Format, Policy, path_of, shapes_by_path
-from research.quant.scales import first_logarithm, first_scale, logarithm_gradient, next_logarithm, next_scale
+from research.quant.scales import first_logarithm, fresh_scale, logarithm_gradient, next_logarithm, next_scale
+from research.quant.stages import at_step
 
 PyTree = Any
 
@@ -85,14 +86,16 @@ def quantize(
     def init(params: PyTree) -> QuantizeState:
         formats = policy.formats(shapes_by_path(params))
         latent = _map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
-        learned = _map_formats(formats, first_logarithm, latent)
+        count = jnp.zeros((), jnp.int32)
+        learned = _map_formats(formats, lambda form, w: first_logarithm(form, w, count), latent)
 
         def first(form: Format, w: jax.Array, log_scale: Any, p: jax.Array) -> Encoded:
-            return _encode(form, w, first_scale(form, w, log_scale), dtype or jnp.dtype(p.dtype).name)
+            scale = fresh_scale(form, w, log_scale, count)
+            return _encode(form, w, scale, count, dtype or jnp.dtype(p.dtype).name)
 
         encoded = _map_formats(formats, first, latent, learned, params)
         return QuantizeState(
-            count=jnp.zeros((), jnp.int32),
+            count=count,
             inner_state=inner.init(_masters(latent, params)),
             latent=latent,
             encoded=encoded,
@@ -106,20 +109,29 @@ def quantize(
             raise ValueError("quantize(...).update needs params: call update(grads, state, params)")
         formats, grads = dict(state.formats), jax.tree.map(_widen, updates)
         masters = _masters(state.latent, params)
-        pulled = _map_formats(
-            formats, lambda form, e, w, g: pull_back(form, w, e.scale, g), state.encoded, masters, grads, keep=2
-        )
+
+        def pull(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> jax.Array:
+            return at_step(form, state.count, lambda stage: pull_back(stage, w, e.scale, g))
+
+        pulled = _map_formats(formats, pull, state.encoded, masters, grads, keep=2)
         steps, inner_state = inner.update(pulled, state.inner_state, masters, **extra)
         latent = _map_formats(formats, lambda _, w, step: w + step.astype(jnp.float32), state.latent, steps)
-        log_grads = _map_formats(
-            formats, lambda form, e, w, g: logarithm_gradient(form, e.scale, w, g), state.encoded, state.latent, grads
-        )
+
+        def log_gradient(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> Any:
+            return logarithm_gradient(form, e.scale, w, g, state.count)
+
+        log_grads = _map_formats(formats, log_gradient, state.encoded, state.latent, grads)
         log_steps, scale_state = scales.update(log_grads, state.scale_state, state.learned)
-        learned = _map_formats(formats, next_logarithm, state.learned, log_steps, state.latent, latent)
         count = jnp.asarray(optax.safe_increment(state.count))
 
+        def learn(form: Format, log_scale: Any, change: Any, before: jax.Array, after: jax.Array) -> Any:
+            return next_logarithm(form, log_scale, change, before, after, count)
+
+        learned = _map_formats(formats, learn, state.learned, log_steps, state.latent, latent)
+
         def land(form: Format, e: Encoded, before: jax.Array, after: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, after, next_scale(form, e.scale, before, after, log_scale, count), e.dtype)
+            scale = next_scale(form, e.scale, before, after, log_scale, count)
+            return _encode(form, after, scale, count, e.dtype)
 
         encoded = _map_formats(formats, land, state.encoded, state.latent, latent, learned)
         following = QuantizeState(count, inner_state, latent, encoded, learned, scale_state, state.formats)
@@ -220,8 +232,10 @@ def _is_node(node: object) -> bool:
     return isinstance(node, Encoded | optax.MaskedNode)
 
 
-def _encode(form: Format, w: jax.Array, scale: jax.Array | None, dtype: str) -> Encoded:
-    return Encoded(encode(form.grid, w, scale), scale, form.grid, dtype)
+def _encode(form: Format, w: jax.Array, scale: jax.Array | None, step: jax.Array, dtype: str) -> Encoded:
+    """Return latents as codes of the grid in force after `step` updates."""
+    codes = at_step(form, step, lambda stage: encode(stage.grid, w, scale))
+    return Encoded(codes, scale, form.grid, dtype)
 
 
 def _used_weights(state: QuantizeState) -> PyTree:
