@@ -104,6 +104,8 @@ class Rule:
     """Regular expression for the whole path of a parameter."""
     weight: str = "fp32"
     """Grid of the weight: fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, int8, int4, int3, int2, ternary or q4_0."""
+    earlier: tuple[str, ...] = ()
+    """Grids before that of weight, each with the optimizer step that ends it: int8:100, int4:200."""
     granularity: str = "channel"
     """What shares one scale: tensor, channel (one per output channel) or group:32 (along the contraction axis)."""
     scale: str = ""
@@ -112,6 +114,10 @@ class Rule:
     """How the gradient reaches the latent: identity, or clipped (none for weights beyond the grid)."""
     learn_scale: bool = False
     """Whether scales are trained (LSQ) instead of taken from the weights at every step."""
+    recalibrate_every: int = 1
+    """Optimizer steps between calibrations of the scale, which is kept in between; 1: at every step."""
+    hysteresis: float = 0.0
+    """Relative change that a calibration must exceed for the scale to change; 0: it always does."""
     begin_step: int = 0
     """Optimizer step at which the tensor begins to leave its float values."""
     end_step: int = 0
@@ -139,6 +145,17 @@ class Rule:
                 f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",
             )
         require(
+            all(re.fullmatch(r"\w+:[1-9]\d*", entry) for entry in self.earlier),
+            f"quantization: Rule.earlier={self.earlier!r}: give grids with the step that ends each: int8:100, int4:200",
+        )
+        ends = [end for _, end in self.earlier_grids]
+        require(
+            ends == sorted(set(ends)), f"quantization: Rule.earlier={self.earlier!r}: give steps in increasing order"
+        )
+        every = self.recalibrate_every
+        require(every >= 1, f"quantization: Rule.recalibrate_every={every}: give 1 (at every step) or more")
+        require(0 <= self.hysteresis < 1, f"quantization: Rule.hysteresis={self.hysteresis}: give 0 (off) to below 1")
+        require(
             0 <= self.begin_step <= self.end_step,
             f"quantization: Rule.begin_step={self.begin_step}, end_step={self.end_step}: give 0 ≤ begin ≤ end",
         )
@@ -146,6 +163,11 @@ class Rule:
             self.anneal == "none" or self.begin_step < self.end_step,
             f"quantization: Rule.anneal={self.anneal!r} needs steps to do it in: give begin_step < end_step",
         )
+
+    @property
+    def earlier_grids(self) -> tuple[tuple[str, int], ...]:
+        """Name and end of each grid in `earlier`; the end is the first step that is not on it."""
+        return tuple((name, int(end)) for name, end in (entry.split(":") for entry in self.earlier))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def write(opened: Opened, output: Path, format: str, type: str | None) -> tuple[
     if type is None:
         write_export(output, weights, setup, *model, opened.metadata)
         return ()
-    leaves = stored_leaves(weights, setup)
+    leaves = stored_leaves(weights, setup, opened.step)
     if format == "gguf":
         return write_gguf(output, leaves, *model, type)
     return write_huggingface(output, leaves, *model, type, opened.metadata)

@@ -7,7 +7,8 @@ A branch has one leaf of every kind that goes wrong in its own way: a matrix (wi
 that stays there, as padding does), stacked layers, a table that is used twice, a vector and a scalar.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -52,6 +53,9 @@ class Form:
     scale: str = ""
     estimator: str = "identity"
     learn_scale: bool = False
+    held: int = 1  # steps between recalibrations
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Other fields of its rule."""
 
     def rule(self, match: str) -> Rule:
         """The rule that gives this format to what matches."""
@@ -62,6 +66,8 @@ class Form:
             scale=self.scale,
             estimator=self.estimator,
             learn_scale=self.learn_scale,
+            recalibrate_every=self.held,
+            **self.more,
         )
 
 
@@ -80,10 +86,13 @@ FORMS = (
     Form("int4 clipped", "int4", "channel", estimator="clipped"),
     Form("int4 learned", "int4", "channel", recalibrates=False, estimator="clipped", learn_scale=True),
     Form("int3", "int3", "channel"),
+    Form("int3 held", "int3", "channel", recalibrates=False, held=2, more={"hysteresis": 0.01}),
     Form("q4_0", "q4_0", "group:32"),
     Form("int2", "int2", "group:32", recalibrates=False),
     Form("ternary", "ternary", "tensor", recalibrates=False),
 )
+LONG = (Form("int8 to int2", "int2", "group:32", recalibrates=False, more={"earlier": ("int8:60", "int4:130")}),)
+"""Rows that take the whole exam, too, in programs of their own among the slow tests: they are slow to compile."""
 QUANTIZED = tuple(form for form in FORMS if form.grid != "fp32")
 BRIEF = tuple(form for form in FORMS if form.name in ("identity", "brain", "half", "channel", "int4 learned", "int2"))
 """One form of each kind: what the fast tests examine in bfloat16; the slow ones examine all."""
@@ -204,8 +213,13 @@ def start(dtype: str, forms: tuple[Form, ...] = FORMS) -> tuple[optax.GradientTr
     return tx, jax.jit(project)(state, make_params(dtype, forms)), state
 
 
+def table_of(form: Form) -> tuple[Form, ...]:
+    """Return the rows that are trained in one program with this one."""
+    return LONG if form in LONG else FORMS
+
+
 @cache
-def history(dtype: str, forms: tuple[Form, ...] = FORMS) -> History:
+def history(dtype: str, forms: tuple[Form, ...]) -> History:
     """Train forms for 200 steps in one compiled scan: gradient, update and both ways to apply it."""
     tx, params, state = start(dtype, forms)
 

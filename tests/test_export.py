@@ -82,3 +82,19 @@ def test_an_export_that_is_not_as_its_config_says_is_refused(tmp_path: Path) -> 
         lambda: place_export(export, fp16)
     )
     assert "config says float" in one_line(lambda: place_export(export, setup_on(())))
+
+
+def test_an_export_on_the_way_to_the_last_grid_says_so(tmp_path: Path) -> None:
+    rules = (Rule(match=".*", weight="int4", earlier=("int8:2",)),)
+    run = tiny.start(rules)
+    encoded = encoded_weights(run.state)
+    for step, name in ((0, "int8/channel"), (2, "int4/channel")):  # the step is what the metadata says
+        folder = tmp_path / str(step)
+        metadata = metadata_on({}, rules) | {"step": step}
+        write_export(folder, encoded, run.setup, tiny.ARCHITECTURE, byte_level(), metadata)
+        export = native.read(folder)
+        leaf = export.leaves["layers/mlp/up_df"]
+        assert isinstance(leaf, native.StoredLeaf) and leaf.format == name
+        placed = place_export(export, run.setup)
+        assert logical(placed, run.setup) == logical(encoded, run.setup)
+        assert jax.tree.structure(placed) == jax.tree.structure(encoded)

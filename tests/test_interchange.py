@@ -46,7 +46,7 @@ def run(quick_compilation: None) -> tiny.Run:
 
 @pytest.fixture(scope="module")
 def leaves(run: tiny.Run) -> Leaves:
-    return stored_leaves(encoded_weights(run.state), run.setup)
+    return stored_leaves(encoded_weights(run.state), run.setup, 0)
 
 
 @pytest.fixture(scope="module")

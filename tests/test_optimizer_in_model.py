@@ -190,7 +190,7 @@ def test_loss_curve_follows_fake_quantization_in_the_model(form: Form, dtype: st
     On CPU with jax 0.10.2 the weights are equal in every bit, the losses within two ulps; another compiler may fuse the
     two programs differently.
     """
-    ours, (theirs, aside) = history(dtype).losses[form.name], (run[form.name] for run in in_model_losses(dtype))
+    ours, (theirs, aside) = history(dtype, FORMS).losses[form.name], (run[form.name] for run in in_model_losses(dtype))
     bound = 3 * np.abs(aside - theirs).max() + 1e-5
     assert ours[-1] < 0.1 * ours[0] and bound < 0.1 * ours[0], "a curve that does not fall is easy to follow"
     assert np.abs(ours - theirs).max() <= bound

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from exam import FORMS, QUANTIZED, Form, PyTree, bits, encoded_leaves, reference_decode, same_bits, update
+from exam import FORMS, LONG, QUANTIZED, Form, PyTree, bits, encoded_leaves, reference_decode, same_bits, update
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.quant import Leaf, Policy, apply_updates, export, is_on_grid, project, quantize
@@ -32,7 +32,7 @@ def policy(splits: tuple[int, ...] = (1, 1, 1), forms: tuple[Form, ...] = QUANTI
     return Policy(rules, {form.name: Leaf("lio", "i", SHAPE, splits) for form in forms})
 
 
-def params_and_gradient(dtype: str = "float32") -> tuple[PyTree, PyTree]:
+def params_and_gradient(dtype: str = "float32", forms: tuple[Form, ...] = FORMS) -> tuple[PyTree, PyTree]:
     """Return a leaf of equal values for every form and a gradient; one channel of weights is zero.
 
     Many weights are half of a step off the grid: where a mesh changed an ulp, it would change their codes.
@@ -43,8 +43,8 @@ def params_and_gradient(dtype: str = "float32") -> tuple[PyTree, PyTree]:
     w_lio = w_lio * rng.uniform(1e-4, 1e-2, (2, 1, 8)).astype(np.float16)
     w_lio[1, :, 3] = 0
     gradient_lio = rng.normal(size=SHAPE)
-    params = {form.name: jnp.asarray(w_lio, dtype) for form in FORMS}
-    return params, {form.name: jnp.asarray(gradient_lio, jnp.float32) for form in FORMS}
+    params = {form.name: jnp.asarray(w_lio, dtype) for form in forms}
+    return params, {form.name: jnp.asarray(gradient_lio, jnp.float32) for form in forms}
 
 
 def place(tree: PyTree, mesh: jax.sharding.Mesh, spec: tuple[Any, ...]) -> PyTree:
@@ -59,10 +59,10 @@ def step_of(tx: optax.GradientTransformationExtraArgs):
     return step
 
 
-def encoded_on(mesh: jax.sharding.Mesh, spec: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+def encoded_on(mesh: jax.sharding.Mesh, spec: tuple[Any, ...], forms: tuple[Form, ...]) -> tuple[PyTree, PyTree]:
     """Return params and codes after `init`, and after one step from the same latents, as numpy arrays."""
-    tx = quantize(optax.sgd(0.5), policy(tuple(ways(mesh, axis) for axis in spec)))
-    params, grads = place(params_and_gradient(), mesh, spec)
+    tx = quantize(optax.sgd(0.5), policy(tuple(ways(mesh, axis) for axis in spec), forms))
+    params, grads = place(params_and_gradient(forms=forms), mesh, spec)
 
     @jax.jit
     def both(params: PyTree, grads: PyTree) -> PyTree:
@@ -79,17 +79,25 @@ def ways(mesh: jax.sharding.Mesh, axes: Any) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
+TABLES = {"": FORMS, "long": LONG}
+
+
+@pytest.fixture(scope="module", params=["", pytest.param("long", marks=pytest.mark.slow)])
+def table(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def single(mesh_of):
-    return encoded_on(mesh_of(), (None, None, None))
+def single(mesh_of, table: str):
+    return encoded_on(mesh_of(), (None, None, None), TABLES[table])
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_PLACES else ()) for name in PLACES]
 )
-def test_codes_and_scales_are_equal_on_every_mesh(mesh_of, single, name: str) -> None:
+def test_codes_and_scales_are_equal_on_every_mesh(mesh_of, table: str, single, name: str) -> None:
     sizes, spec = PLACES[name]
-    first, (params, state) = encoded_on(mesh_of(**sizes), spec)
+    first, (params, state) = encoded_on(mesh_of(**sizes), spec, TABLES[table])
     assert same_bits(first, single[0])
     # SGD steps an element alone: equal gradients give equal latents, and equal latents must give equal codes.
     assert same_bits(state.latent, single[1][1].latent)

@@ -13,8 +13,8 @@ from research.quant.grid import Grid, decode
 class Encoded:
     """A weight as its codes and scales: what checkpoints and exports hold.
 
-    `codes`: the weight's shape, `grid.code_dtype`; `scale`: float16, the weight's rank, None for cast grids; `dtype`:
-    of the weight that they decode to.
+    `codes`: the weight's shape, `grid.code_dtype`; `scale`: float16, the weight's rank, None for cast grids; `grid`:
+    the one that its rule ends on (`stages.py`); `dtype`: of the weight that they decode to.
     """
 
     codes: jax.Array

@@ -22,7 +22,6 @@ The order of the first two lines matters: `init` copies the float weights into t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import log
 from typing import Any
 
 import jax
@@ -30,10 +29,12 @@ import jax.numpy as jnp
 import optax
 
 from research.quant.anneal import annealed
-from research.quant.estimator import pull_back, scale_gradient
-from research.quant.grid import block_sum, calibrate, encode, round_scale
+from research.quant.estimator import pull_back
+from research.quant.grid import encode
 from research.quant.nodes import Encoded, Quantized
 from research.quant.policy import Format, Policy, path_of, shapes_by_path
+from research.quant.scales import first_logarithm, fresh_scale, logarithm_gradient, next_logarithm, next_scale
+from research.quant.stages import at_step
 
 PyTree = Any
 
@@ -85,16 +86,16 @@ def quantize(
     def init(params: PyTree) -> QuantizeState:
         formats = policy.formats(shapes_by_path(params))
         latent = _map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
-        learned = _map_formats(formats, _first_logarithm, latent)
-        encoded = _map_formats(
-            formats,
-            lambda form, w, log_scale, p: _encode(form, w, log_scale, dtype or jnp.dtype(p.dtype).name),
-            latent,
-            learned,
-            params,
-        )
+        count = jnp.zeros((), jnp.int32)
+        learned = _map_formats(formats, lambda form, w: first_logarithm(form, w, count), latent)
+
+        def first(form: Format, w: jax.Array, log_scale: Any, p: jax.Array) -> Encoded:
+            scale = fresh_scale(form, w, log_scale, count)
+            return _encode(form, w, scale, count, dtype or jnp.dtype(p.dtype).name)
+
+        encoded = _map_formats(formats, first, latent, learned, params)
         return QuantizeState(
-            count=jnp.zeros((), jnp.int32),
+            count=count,
             inner_state=inner.init(_masters(latent, params)),
             latent=latent,
             encoded=encoded,
@@ -108,18 +109,31 @@ def quantize(
             raise ValueError("quantize(...).update needs params: call update(grads, state, params)")
         formats, grads = dict(state.formats), jax.tree.map(_widen, updates)
         masters = _masters(state.latent, params)
-        pulled = _map_formats(
-            formats, lambda form, e, w, g: pull_back(form, w, e.scale, g), state.encoded, masters, grads, keep=2
-        )
+
+        def pull(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> jax.Array:
+            return at_step(form, state.count, lambda stage: pull_back(stage, w, e.scale, g))
+
+        pulled = _map_formats(formats, pull, state.encoded, masters, grads, keep=2)
         steps, inner_state = inner.update(pulled, state.inner_state, masters, **extra)
         latent = _map_formats(formats, lambda _, w, step: w + step.astype(jnp.float32), state.latent, steps)
-        log_grads = _map_formats(formats, _logarithm_gradient, state.encoded, state.latent, grads)
+
+        def log_gradient(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> Any:
+            return logarithm_gradient(form, e.scale, w, g, state.count)
+
+        log_grads = _map_formats(formats, log_gradient, state.encoded, state.latent, grads)
         log_steps, scale_state = scales.update(log_grads, state.scale_state, state.learned)
-        learned = _map_formats(formats, _next_logarithm, state.learned, log_steps, state.latent, latent)
-        encoded = _map_formats(
-            formats, lambda form, e, w, log_scale: _encode(form, w, log_scale, e.dtype), state.encoded, latent, learned
-        )
         count = jnp.asarray(optax.safe_increment(state.count))
+
+        def learn(form: Format, log_scale: Any, change: Any, before: jax.Array, after: jax.Array) -> Any:
+            return next_logarithm(form, log_scale, change, before, after, count)
+
+        learned = _map_formats(formats, learn, state.learned, log_steps, state.latent, latent)
+
+        def land(form: Format, e: Encoded, before: jax.Array, after: jax.Array, log_scale: Any) -> Encoded:
+            scale = next_scale(form, e.scale, before, after, log_scale, count)
+            return _encode(form, after, scale, count, e.dtype)
+
+        encoded = _map_formats(formats, land, state.encoded, state.latent, latent, learned)
         following = QuantizeState(count, inner_state, latent, encoded, learned, scale_state, state.formats)
         used = _used_weights(following)
         updates = _map_formats(
@@ -218,39 +232,10 @@ def _is_node(node: object) -> bool:
     return isinstance(node, Encoded | optax.MaskedNode)
 
 
-def _encode(form: Format, w: jax.Array, log_scale: Any, dtype: str) -> Encoded:
-    """Return the codes of latents, with the scale that they ask for or the one that is learned."""
-    scale = _calibrate(form, w) if _is_masked(log_scale) else _rounded(form, jnp.exp2(log_scale))
-    return Encoded(encode(form.grid, w, scale), scale, form.grid, dtype)
-
-
-def _calibrate(form: Format, w: jax.Array) -> jax.Array | None:
-    return calibrate(form.grid, w, form.scale_shape, numbers=form.rule.scale, elements=form.elements)
-
-
-def _rounded(form: Format, size: jax.Array) -> jax.Array:
-    return round_scale(size, form.rule.scale or form.grid.default_scale)
-
-
-def _first_logarithm(form: Format, w: jax.Array) -> Any:
-    scale = _calibrate(form, w) if form.rule.learn_scale else None
-    return optax.MaskedNode() if scale is None else jnp.log2(scale.astype(jnp.float32))
-
-
-def _logarithm_gradient(form: Format, encoded: Encoded, w: jax.Array, gradient: jax.Array) -> Any:
-    """Return dL/d log2(s) of a learned scale; the rounding of s to float16 is straight-through."""
-    if not form.rule.learn_scale:
-        return optax.MaskedNode()
-    assert encoded.scale is not None
-    return scale_gradient(form, w, encoded.scale, gradient) * encoded.scale.astype(jnp.float32) * jnp.float32(log(2))
-
-
-def _next_logarithm(form: Format, log_scale: Any, step: Any, before: jax.Array, after: jax.Array) -> Any:
-    """Step a learned scale; a block that was all zeros has none worth keeping, and is calibrated as it wakes up."""
-    if _is_masked(log_scale):
-        return log_scale
-    asleep = block_sum(jnp.abs(before), form.scale_shape) == 0
-    return jnp.where(asleep, _first_logarithm(form, after), log_scale + step.astype(jnp.float32))
+def _encode(form: Format, w: jax.Array, scale: jax.Array | None, step: jax.Array, dtype: str) -> Encoded:
+    """Return latents as codes of the grid in force after `step` updates."""
+    codes = at_step(form, step, lambda stage: encode(stage.grid, w, scale))
+    return Encoded(codes, scale, form.grid, dtype)
 
 
 def _used_weights(state: QuantizeState) -> PyTree:

@@ -35,7 +35,8 @@ class Leaf:
 class Format:
     """The grid of one tensor, and the shape and the numbers of its scale.
 
-    `elements`: weights that share a scale, without padding; 0 for cast grids.
+    `elements`: weights that share a scale, without padding; 0 for cast grids. `earlier`: grids that the tensor is on
+    before, each with the step that ends it.
     """
 
     grid: Grid
@@ -43,6 +44,7 @@ class Format:
     granularity: str
     rule: Rule
     elements: int = 0
+    earlier: tuple[tuple[Grid, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Policy:
             if grid.is_scaled:
                 leaf = _known(leaf, path, shapes[path])
                 scale_shape = _scale_shape(path, shapes[path], leaf, rule.granularity)
-                formats[path] = Format(grid, scale_shape, rule.granularity, rule, _elements(leaf, rule.granularity))
+                elements = _elements(leaf, rule.granularity)
+                earlier = tuple((GRIDS[name], end) for name, end in rule.earlier_grids)
+                formats[path] = Format(grid, scale_shape, rule.granularity, rule, elements, earlier)
             else:
                 formats[path] = Format(grid, (), "", rule)
         return formats
@@ -104,10 +108,15 @@ def shapes_by_path(params: Any) -> dict[str, Shape]:
 
 
 def _check(rule: Rule) -> None:
-    if rule.weight not in GRIDS:
-        raise UserError(
-            f"quantization rule {rule.match!r}: weight={rule.weight!r} is no grid{nearest(rule.weight, GRIDS)}"
-        )
+    for name in (rule.weight, *(name for name, _ in rule.earlier_grids)):
+        if name not in GRIDS:
+            field = "weight" if name == rule.weight else "earlier"
+            raise UserError(f"quantization rule {rule.match!r}: {field}={name!r} is no grid{nearest(name, GRIDS)}")
+        if rule.earlier and GRIDS[name].code_dtype != "int8":
+            raise UserError(
+                f"quantization rule {rule.match!r}: earlier={rule.earlier!r} leads from int8 codes to int8 codes, and"
+                f" {name} has none; take int8, int4, int3, int2, ternary or q4_0"
+            )
     if rule.activation not in ACTIVATIONS:
         raise UserError(
             f"quantization rule {rule.match!r}: activation={rule.activation!r} is no grid of activations"
@@ -126,6 +135,17 @@ def _check(rule: Rule) -> None:
         raise UserError(
             f"quantization rule {rule.match!r}: learn_scale=True, but {rule.weight} has no scale that is positive and"
             " free; take int8, int4, int3, int2 or ternary"
+        )
+    if (rule.recalibrate_every, rule.hysteresis) != (1, 0) and (rule.learn_scale or calibration == "cast"):
+        reason = "learn_scale=True trains the scale" if rule.learn_scale else f"{rule.weight} has no scale"
+        raise UserError(
+            f"quantization rule {rule.match!r}: recalibrate_every={rule.recalibrate_every},"
+            f" hysteresis={rule.hysteresis} would have no effect: {reason}; leave them out"
+        )
+    if rule.anneal == "parq" and rule.earlier:
+        raise UserError(
+            f"quantization rule {rule.match!r}: anneal='parq' leads to one grid, earlier={rule.earlier!r} over others;"
+            " leave one of them out"
         )
     if rule.anneal == "parq" and (calibration == "cast" or GRIDS[rule.weight].code_dtype != "int8"):
         raise UserError(
@@ -223,4 +243,5 @@ def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Covera
         return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * prod(shape))
     code_bytes = jnp.dtype(form.grid.code_dtype).itemsize * prod(shape)
     scale_bytes = 2 * prod(form.scale_shape) if form.grid.is_scaled else 0
-    return Coverage(path, shape, form.grid.name, form.granularity, activation, rule.match, code_bytes + scale_bytes)
+    names = " → ".join((*(grid.name for grid, _ in form.earlier), form.grid.name))
+    return Coverage(path, shape, names, form.granularity, activation, rule.match, code_bytes + scale_bytes)

@@ -13,9 +13,9 @@ from research.errors import UserError
 from research.formats import native
 from research.model.layers import tree_of
 from research.model.placement import place, unplace
-from research.quant.grid import GRIDS
 from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import Format, path_of
+from research.quant.stages import stage_of
 from research.setup import Setup
 from research.tokenizer import Tokenizer
 
@@ -28,13 +28,15 @@ class _Leaves(Mapping[str, native.Leaf]):
 
     encoded: Mapping[str, Any]
     setup: Setup
+    step: int
 
     def __getitem__(self, path: str) -> native.Leaf:
         leaf, table = self.encoded[path], self.setup.table
         if not isinstance(leaf, Encoded):
             return unplace(path, leaf, table)
         scale = None if leaf.scale is None else unplace(f"{path}/scale", leaf.scale, table)
-        return native.StoredLeaf(unplace(f"{path}/codes", leaf.codes, table), scale, _name(self.setup.formats[path]))
+        name = _name(self.setup.formats[path], self.step)
+        return native.StoredLeaf(unplace(f"{path}/codes", leaf.codes, table), scale, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.encoded)
@@ -43,17 +45,19 @@ class _Leaves(Mapping[str, native.Leaf]):
         return len(self.encoded)
 
 
-def stored_leaves(encoded: Any, setup: Setup) -> Mapping[str, native.Leaf]:
+def stored_leaves(encoded: Any, setup: Setup, step: int) -> Mapping[str, native.Leaf]:
     """Return stored parameters (`Encoded` or float leaves on a mesh) by path, as host arrays without padding.
 
-    Each access fetches that leaf, and keeps nothing.
+    `step`: updates that they have seen, which says of what grid codes are. Each access fetches that leaf, and keeps
+    nothing.
     """
     leaves = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
-    return _Leaves({path_of(path): leaf for path, leaf in leaves}, setup)
+    return _Leaves({path_of(path): leaf for path, leaf in leaves}, setup, step)
 
 
-def _name(form: Format) -> str:
-    """Return the format as the export's table spells it: "int8/channel", "fp16"."""
+def _name(form: Format, step: int) -> str:
+    """Return the format at a step as the export's table spells it: "int8/channel", "fp16"."""
+    form = stage_of(form, step)
     return f"{form.grid.name}/{form.granularity}" if form.grid.is_scaled else form.grid.name
 
 
@@ -69,24 +73,26 @@ def write_export(
 
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
-    leaves = stored_leaves(encoded, setup)
+    leaves = stored_leaves(encoded, setup, metadata["step"])
     native.write(directory, leaves, architecture, tokenizer, {key: metadata[key] for key in _METADATA})
     return (directory / native.WEIGHTS).stat().st_size
 
 
 def place_export(export: native.Export, setup: Setup) -> Any:
     """Return an export's parameters on the mesh of `setup`: the tree that `write_export` was given, bit for bit."""
-    return tree_of({path: _place(path, export.leaves[path], setup) for path in setup.table})
+    step = export.metadata["step"]
+    return tree_of({path: _place(path, export.leaves[path], setup, step) for path in setup.table})
 
 
-def _place(path: str, leaf: native.Leaf, setup: Setup) -> Any:
+def _place(path: str, leaf: native.Leaf, setup: Setup, step: int) -> Any:
     form = setup.formats.get(path)
     found = None if isinstance(leaf, np.ndarray) else leaf.format
-    expected = None if form is None else _name(form)
+    expected = None if form is None else _name(form, step)
     if found != expected:
         raise UserError(f"{path} is {found or 'float'} in the export, and its config says {expected or 'float'}")
     if isinstance(leaf, np.ndarray):
         return place(path, leaf, setup.table, setup.mesh)
+    assert form is not None
     codes = place(f"{path}/codes", leaf.codes, setup.table, setup.mesh)
     scale = None if leaf.scale is None else place(f"{path}/scale", leaf.scale, setup.table, setup.mesh)
-    return Encoded(codes, scale, GRIDS[leaf.format.split("/")[0]], setup.train.param_dtype)
+    return Encoded(codes, scale, form.grid, setup.train.param_dtype)
