@@ -20,6 +20,7 @@ from tiny_tokenizers import byte_level
 from research.config import Rule
 from research.formats import gguf, huggingface, native
 from research.formats.gguf_file import open_gguf
+from research.formats.model_source import leaf_shapes
 from research.train.export import stored_leaves
 from research.train.interchange import write_gguf, write_huggingface
 from research.train.state import encoded_weights
@@ -146,6 +147,24 @@ def test_a_hugging_face_directory_holds_the_decoded_weights(tmp_path: Path, leav
         values = native.decode(leaves[path])
         assert bits(full.read(path)) == bits(values)
         assert bits(half.read(path)) == bits(values.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
+def test_eight_bit_floats_are_decoded(tmp_path: Path, leaves: Leaves, dtype: Any) -> None:
+    """Bit for bit in float32; in 16 bits where they hold them; and no block takes their codes."""
+    path = "layers/mlp/up_df"
+    codes = np.random.default_rng(0).normal(size=leaf_shapes(tiny.OF_BLOCKS)[path]).astype(dtype)
+    leaf = native.StoredLeaf(codes, np.full((2, 1, 128), 2.0**-3, np.float16), f"{np.dtype(dtype)}/channel")
+    values = codes.astype(np.float32) / 8 + 0.0
+    changed = {**leaves, path: leaf}
+    for type in ("F32", "BF16", "F16"):
+        write_gguf(tmp_path / f"{type}.gguf", changed, *MODEL, type)
+        assert bits(gguf.open_model(tmp_path / f"{type}.gguf").read(path)) == bits(values), type
+    for type in ("float32", "bfloat16"):
+        write_huggingface(tmp_path / type, changed, *MODEL, type, METADATA)
+        assert bits(huggingface.open_model(tmp_path / type).read(path)) == bits(values), type
+    line = one_line(lambda: write_gguf(tmp_path / "x.gguf", changed, *MODEL, "Q8_0"))
+    assert f"{path} is {leaf.format}, so that Q8_0 would quantize it anew; type F32 holds it exactly" in line
 
 
 def in_blocks(x: np.ndarray) -> np.ndarray:
