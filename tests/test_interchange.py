@@ -21,6 +21,7 @@ from research.config import Rule
 from research.formats import gguf, huggingface, native
 from research.formats.gguf_file import open_gguf
 from research.formats.model_source import leaf_shapes
+from research.formats.safetensors_file import read_tensor
 from research.train.export import stored_leaves
 from research.train.interchange import write_gguf, write_huggingface
 from research.train.state import encoded_weights
@@ -114,6 +115,24 @@ def test_blocks_hold_the_codes_and_scales_of_the_run(call: Call, project: Path, 
     blocks = np.asarray(stored["token_embd.weight"].data).reshape(398, 2, 34)
     np.testing.assert_array_equal(blocks[..., 2:].view(np.int8).reshape(398, 64), table.codes)
     check_mistake(call("export.py", *arguments), "model.gguf exists already")
+
+
+def test_matrices_of_codes_through_the_command(call: Call, project: Path, leaves: Leaves) -> None:
+    """Groups of 32 and 64 and whole rows of 64, 96 and 128 are groups of 32; packed by hand: the code plus 128."""
+    arguments = ("--checkpoint", "runs/blocks", "--format", "compressed-tensors", "--type")
+    done = call("export.py", *arguments, "w8a16")
+    assert done.code == 0, done.err
+    assert "codes and scales of the run, bit for bit: 7 leaves" in done.out and "float32, exactly decoded" in done.out
+    file = project / "runs" / "blocks" / "export-step-2-compressed-tensors-w8a16" / "model.safetensors"
+    leaf = leaves["layers/mlp/down_fd"]
+    assert isinstance(leaf, native.StoredLeaf) and leaf.scale is not None
+    packed = read_tensor(file, "model.layers.1.mlp.down_proj.weight_packed").view(np.uint8)
+    np.testing.assert_array_equal(packed.astype(np.int32) - 128, leaf.codes[1].T)
+    scale = read_tensor(file, "model.layers.1.mlp.down_proj.weight_scale")
+    np.testing.assert_array_equal(scale, leaf.scale[1].T.repeat(4, 1).astype(np.float32))
+    mistake = "layers/attention/q_dnh is int8/group:32, and w8a8 has one scale a channel; type w8a16 holds it"
+    check_mistake(call("export.py", *arguments, "w8a8"), mistake)
+    check_mistake(call("export.py", *arguments, "w4a4"), "--format compressed-tensors has w8a8, w8a16, w4a16")
 
 
 @pytest.mark.parametrize("type", ("Q8_0", "F32"))

@@ -101,6 +101,13 @@ def decode(leaf: Leaf) -> np.ndarray:
     return values
 
 
+def spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the scale of every element of codes of `shape`, in the scale's dtype."""
+    for axis, (n, m) in enumerate(zip(shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, n // m, axis=axis)
+    return scale
+
+
 def write(
     directory: Path,
     leaves: Mapping[str, Leaf],

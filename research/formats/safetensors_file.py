@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from research.errors import UserError
 
 DTYPES: Mapping[str, np.dtype] = {
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
