@@ -5,7 +5,7 @@ transformers and vLLM load them. A matrix is `weight` (int8 [out, in]) in the fo
 its `weight_scale` is [out, in / group], [out, 1] per channel. Layouts: compressed-tensors 0.20, compressors/.
 
 Nothing is quantized here, and everything is exact: scales are float32 copies of our float16 ones, and what has no
-integer codes is float32. So are the tables: neither engine multiplies by an int8 table, least of all a tied one.
+integer codes is float32, and so are the tables (docs/decisions/0008-compressed-tensors.md says why).
 """
 
 import re
