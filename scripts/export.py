@@ -2,6 +2,7 @@
 
 safetensors: our own, int8 codes and fp16 scales. gguf: for llama.cpp, Ollama and LM Studio; --type Q8_0 and Q4_0 hold
 the codes themselves, F32, F16 and BF16 the decoded weights. huggingface: for transformers, decoded weights.
+compressed-tensors: for transformers and vLLM, the codes themselves of all matrices, decoded tables.
 """
 
 from pathlib import Path
@@ -16,11 +17,23 @@ from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
 from research.setup import make_setup
 from research.train.export import stored_leaves, write_export
-from research.train.interchange import GGUF_TYPES, HUGGINGFACE_TYPES, write_gguf, write_huggingface
+from research.train.interchange import (
+    COMPRESSED_TYPES,
+    GGUF_TYPES,
+    HUGGINGFACE_TYPES,
+    write_compressed_tensors,
+    write_gguf,
+    write_huggingface,
+)
 from research.train.open_run import Opened, open_trained
 from research.units import format_bytes
 
-TYPES = {"safetensors": (), "gguf": GGUF_TYPES, "huggingface": HUGGINGFACE_TYPES}
+TYPES = {
+    "safetensors": (),
+    "gguf": GGUF_TYPES,
+    "huggingface": HUGGINGFACE_TYPES,
+    "compressed-tensors": COMPRESSED_TYPES,
+}
 
 
 def main() -> None:
@@ -32,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--format", required=True, choices=list(TYPES))
     parser.add_argument(
-        "--type", help=f"gguf: {', '.join(GGUF_TYPES)}; huggingface: {', '.join(HUGGINGFACE_TYPES)}; safetensors: none"
+        "--type", help="; ".join(f"{name}: {', '.join(types) or 'none'}" for name, types in TYPES.items())
     )
     parser.add_argument("--output", type=Path, metavar="PATH", help="default: export-step-N… in the run's folder")
     flags = parse_arguments(parser)
@@ -70,14 +83,15 @@ def write(opened: Opened, output: Path, format: str, type: str | None) -> tuple[
     leaves = stored_leaves(weights, setup, opened.step)
     if format == "gguf":
         return write_gguf(output, leaves, *model, type)
-    return write_huggingface(output, leaves, *model, type, opened.metadata)
+    write_directory = write_huggingface if format == "huggingface" else write_compressed_tensors
+    return write_directory(output, leaves, *model, type, opened.metadata)
 
 
 def default_output(opened: Opened, format: str, type: str | None) -> Path:
     """Return export-step-N, with format and type where they aren't ours, in the folder of a checkpoint's run."""
     if opened.path.parent.name != CHECKPOINTS:
         raise UserError(f"{opened.path} is in no run's folder: say where the export is to go, --output PATH")
-    end = {"safetensors": "", "gguf": f"-{type}.gguf", "huggingface": f"-{format}-{type}"}[format]
+    end = {"safetensors": "", "gguf": f"-{type}.gguf"}.get(format, f"-{format}-{type}")
     return opened.path.parent.parent / f"export-step-{opened.step}{end}"
 
 

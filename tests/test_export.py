@@ -5,8 +5,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_models
 import tiny_training as tiny
 from checkpoints import bits, one_line
+from checkpoints import save as save_items
 from tiny_runs import metadata_on
 from tiny_tokenizers import byte_level
 
@@ -14,10 +16,11 @@ from research.config import MeshConfig, Rule
 from research.formats import native
 from research.mesh import make_mesh
 from research.model.placement import layout
+from research.quant.grid import GRIDS
 from research.quant.policy import path_of
 from research.setup import Setup, make_setup
 from research.train.export import place_export, write_export
-from research.train.state import encoded_weights
+from research.train.state import WEIGHTS, encoded_weights, restore_weights
 
 GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a channel, casts, and floats
     Rule(match="layers/attention/[qkv].*", weight="int8", granularity="group:4"),
@@ -25,6 +28,19 @@ GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a ch
     Rule(match="layers/mlp/up_df", weight="bf16"),
     Rule(match="layers/mlp/down_fd", weight="fp16"),
     Rule(match="embed/.*", weight="int8"),
+)
+
+
+# A grid a leaf, because that costs two models for all of them; scales of any kind are float16 arrays.
+LEAVES = ("attention/q_dnh", "attention/o_nhd", "mlp/gate_df", "mlp/up_df", "mlp/down_fd")
+NUMBERS = {"attention/q_dnh": "bf16", "mlp/gate_df": "pow2"}
+SCALED, CASTS = ([name for name, grid in GRIDS.items() if grid.is_scaled is wanted] for wanted in (True, False))
+EVERY_GRID = tuple(
+    tuple(
+        Rule(match=f"layers/{leaf}", weight=name, scale=NUMBERS.get(leaf, ""))
+        for leaf, name in zip(LEAVES, names, strict=True)
+    )
+    for names in (SCALED[:5], [*SCALED[5:], *CASTS[1:]])
 )
 
 
@@ -55,6 +71,27 @@ def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tu
         if sizes == {"tensor": 4}:  # padding, dtypes and places as well
             assert jax.tree.map(bits, placed) == jax.tree.map(bits, encoded)
             assert jax.tree.map(jax.typeof, placed) == jax.tree.map(jax.typeof, encoded)
+
+
+@pytest.mark.parametrize("rules", EVERY_GRID, ids=lambda rules: "-".join(rule.weight for rule in rules))
+def test_every_grid_goes_through_exports_and_checkpoints(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
+    """Written on a mesh that pads, read on one that doesn't."""
+    setup, alone, metadata = setup_on(rules, tensor=4), setup_on(rules), metadata_on({"tensor": 4}, rules) | {"step": 7}
+    with jax.set_mesh(setup.mesh):
+        encoded = tiny_models.make(tiny.ARCHITECTURE, rules, setup.mesh).weights
+    wanted = logical(encoded, setup)
+    write_export(tmp_path / "export", encoded, setup, tiny.ARCHITECTURE, byte_level(), metadata)
+    checkpoint = save_items(tmp_path, 7, {WEIGHTS: encoded})
+    for placed in (
+        place_export(native.read(tmp_path / "export"), alone),
+        restore_weights(checkpoint, alone, metadata),
+    ):
+        assert logical(placed, alone) == wanted
+        assert jax.tree.structure(placed) == jax.tree.structure(encoded)
+
+
+def test_every_grid_is_among_them() -> None:
+    assert {rule.weight for rules in EVERY_GRID for rule in rules} == set(GRIDS) - {"fp32"}
 
 
 def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: Path) -> None:

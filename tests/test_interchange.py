@@ -20,6 +20,8 @@ from tiny_tokenizers import byte_level
 from research.config import Rule
 from research.formats import gguf, huggingface, native
 from research.formats.gguf_file import open_gguf
+from research.formats.model_source import leaf_shapes
+from research.formats.safetensors_file import read_tensor
 from research.train.export import stored_leaves
 from research.train.interchange import write_gguf, write_huggingface
 from research.train.state import encoded_weights
@@ -115,6 +117,24 @@ def test_blocks_hold_the_codes_and_scales_of_the_run(call: Call, project: Path, 
     check_mistake(call("export.py", *arguments), "model.gguf exists already")
 
 
+def test_matrices_of_codes_through_the_command(call: Call, project: Path, leaves: Leaves) -> None:
+    """Groups of 32 and 64 and whole rows of 64, 96 and 128 are groups of 32; packed by hand: the code plus 128."""
+    arguments = ("--checkpoint", "runs/blocks", "--format", "compressed-tensors", "--type")
+    done = call("export.py", *arguments, "w8a16")
+    assert done.code == 0, done.err
+    assert "codes and scales of the run, bit for bit: 7 leaves" in done.out and "float32, exactly decoded" in done.out
+    file = project / "runs" / "blocks" / "export-step-2-compressed-tensors-w8a16" / "model.safetensors"
+    leaf = leaves["layers/mlp/down_fd"]
+    assert isinstance(leaf, native.StoredLeaf) and leaf.scale is not None
+    packed = read_tensor(file, "model.layers.1.mlp.down_proj.weight_packed").view(np.uint8)
+    np.testing.assert_array_equal(packed.astype(np.int32) - 128, leaf.codes[1].T)
+    scale = read_tensor(file, "model.layers.1.mlp.down_proj.weight_scale")
+    np.testing.assert_array_equal(scale, leaf.scale[1].T.repeat(4, 1).astype(np.float32))
+    mistake = "layers/attention/q_dnh is int8/group:32, and w8a8 has one scale a channel; type w8a16 holds it"
+    check_mistake(call("export.py", *arguments, "w8a8"), mistake)
+    check_mistake(call("export.py", *arguments, "w4a4"), "--format compressed-tensors has w8a8, w8a16, w4a16")
+
+
 @pytest.mark.parametrize("type", ("Q8_0", "F32"))
 def test_the_file_opened_as_a_foundation_is_the_run(tmp_path: Path, leaves: Leaves, type: str) -> None:
     path = tmp_path / "x.gguf"
@@ -146,6 +166,24 @@ def test_a_hugging_face_directory_holds_the_decoded_weights(tmp_path: Path, leav
         values = native.decode(leaves[path])
         assert bits(full.read(path)) == bits(values)
         assert bits(half.read(path)) == bits(values.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
+def test_eight_bit_floats_are_decoded(tmp_path: Path, leaves: Leaves, dtype: Any) -> None:
+    """Bit for bit in float32; in 16 bits where they hold them; and no block takes their codes."""
+    path = "layers/mlp/up_df"
+    codes = np.random.default_rng(0).normal(size=leaf_shapes(tiny.OF_BLOCKS)[path]).astype(dtype)
+    leaf = native.StoredLeaf(codes, np.full((2, 1, 128), 2.0**-3, np.float16), f"{np.dtype(dtype)}/channel")
+    values = codes.astype(np.float32) / 8 + 0.0
+    changed = {**leaves, path: leaf}
+    for type in ("F32", "BF16", "F16"):
+        write_gguf(tmp_path / f"{type}.gguf", changed, *MODEL, type)
+        assert bits(gguf.open_model(tmp_path / f"{type}.gguf").read(path)) == bits(values), type
+    for type in ("float32", "bfloat16"):
+        write_huggingface(tmp_path / type, changed, *MODEL, type, METADATA)
+        assert bits(huggingface.open_model(tmp_path / type).read(path)) == bits(values), type
+    line = one_line(lambda: write_gguf(tmp_path / "x.gguf", changed, *MODEL, "Q8_0"))
+    assert f"{path} is {leaf.format}, so that Q8_0 would quantize it anew; type F32 holds it exactly" in line
 
 
 def in_blocks(x: np.ndarray) -> np.ndarray:

@@ -297,7 +297,7 @@ CODES, SCALE = np.zeros((2, 32, 6, 10), np.int8), np.ones((2, 1, 6, 10), np.floa
         (StoredLeaf(CODES, None, "int8"), "int8 codes, but no float16 scale"),
         (StoredLeaf(CODES, SCALE[:, :, :4], "int8"), "does not divide codes"),
         (StoredLeaf(CODES, SCALE[0], "int8"), "does not divide codes"),
-        (StoredLeaf(CODES.astype(np.float16), SCALE, "fp16"), "float16 codes; they are int8, or float16 or"),
+        (StoredLeaf(CODES.astype(np.float16), SCALE, "fp16"), "float16 codes; they have 8 bits, or are float16 or"),
         (StoredLeaf(CODES.astype(np.float32), None, "fp32"), "float32 codes"),
         (CODES, "is int8; a leaf without codes is float32"),
         (CODES.astype(np.float64), "is float64"),

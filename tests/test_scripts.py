@@ -97,6 +97,18 @@ def test_finetune_leaves_a_run(trained: tuple[Path, Done], summary: dict[str, An
     assert len(losses(path)) == STEPS
 
 
+@pytest.mark.slow
+def test_a_run_of_eight_bit_floats_leaves_its_export(folder: Path) -> None:
+    """What evaluates the export reads its codes from the file."""
+    config = (folder / "tiny.py").read_text().replace('weight="int8", activation="int8"', 'weight="fp8_e4m3"')
+    (folder / "floats.py").write_text(config)
+    run(folder, "finetune.py", "--config", "floats.py")
+    summary = json.loads((folder / "runs" / "floats" / "summary.json").read_text())
+    assert summary["quantized"] == summary["finetuned"] and summary["loss_quantized"] == summary["loss_finetuned"]
+    leaf = native.read(folder / "runs" / "floats" / "export").leaves["layers/mlp/up_df"]
+    assert isinstance(leaf, native.StoredLeaf) and leaf.codes.dtype.name == "float8_e4m3fn"
+
+
 @pytest.fixture(scope="module")
 def stopped(folder: Path, trained: tuple[Path, Done]) -> tuple[Path, Done]:
     """A run that was killed, resumed, and asked to stop by SIGTERM before its end; with the end of the latter."""

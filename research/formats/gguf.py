@@ -284,20 +284,13 @@ def _blocks_of(path: str, shape: tuple[int, ...], stored: native.StoredLeaf) -> 
     leaf, codes = _BY_PATH[path], _layers(path, stored.codes)
     scales = _layers(path, stored.scale)
     for i, layer in enumerate(codes):
-        scale = _spread(scales[i * len(scales) // len(codes)], layer.shape)
+        scale = native.spread(scales[i * len(scales) // len(codes)], layer.shape)
         yield gguf_blocks.make_blocks(path, to_rows(leaf, layer), to_rows(leaf, scale))
 
 
 def _layers(path: str, x: np.ndarray) -> np.ndarray:
     """Return a leaf, or its scale, with a leading axis of layers, of size 1 where it isn't stacked."""
     return x if path.startswith("layers/") else x[None]
-
-
-def _spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the scale of every element: element j of an axis of n and m scales has scale j // (n // m)."""
-    for axis, (n, m) in enumerate(zip(shape, scale.shape, strict=True)):
-        scale = np.repeat(scale, n // m, axis=axis)
-    return scale
 
 
 def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, type: str) -> str:

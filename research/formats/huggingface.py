@@ -31,7 +31,7 @@ _DERIVED = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
     """How Hugging Face calls a leaf; a leaf under layers/ is one tensor a layer."""
 
     pattern: str
@@ -51,19 +51,19 @@ class _Name:
         return tensor.T.reshape(shape) if self.inputs else tensor
 
 
-_NAMES: Mapping[str, _Name] = {
-    EMBEDDING: _Name("model.embed_tokens.weight"),
-    "layers/attention_norm/scale_d": _Name("model.layers.{}.input_layernorm.weight"),
-    "layers/attention/q_dnh": _Name("model.layers.{}.self_attn.q_proj.weight", inputs=1),
-    "layers/attention/k_dkh": _Name("model.layers.{}.self_attn.k_proj.weight", inputs=1),
-    "layers/attention/v_dkh": _Name("model.layers.{}.self_attn.v_proj.weight", inputs=1),
-    "layers/attention/o_nhd": _Name("model.layers.{}.self_attn.o_proj.weight", inputs=2),
-    "layers/mlp_norm/scale_d": _Name("model.layers.{}.post_attention_layernorm.weight"),
-    "layers/mlp/gate_df": _Name("model.layers.{}.mlp.gate_proj.weight", inputs=1),
-    "layers/mlp/up_df": _Name("model.layers.{}.mlp.up_proj.weight", inputs=1),
-    "layers/mlp/down_fd": _Name("model.layers.{}.mlp.down_proj.weight", inputs=1),
-    "norm/scale_d": _Name("model.norm.weight"),
-    HEAD: _Name("lm_head.weight"),
+NAMES: Mapping[str, Name] = {
+    EMBEDDING: Name("model.embed_tokens.weight"),
+    "layers/attention_norm/scale_d": Name("model.layers.{}.input_layernorm.weight"),
+    "layers/attention/q_dnh": Name("model.layers.{}.self_attn.q_proj.weight", inputs=1),
+    "layers/attention/k_dkh": Name("model.layers.{}.self_attn.k_proj.weight", inputs=1),
+    "layers/attention/v_dkh": Name("model.layers.{}.self_attn.v_proj.weight", inputs=1),
+    "layers/attention/o_nhd": Name("model.layers.{}.self_attn.o_proj.weight", inputs=2),
+    "layers/mlp_norm/scale_d": Name("model.layers.{}.post_attention_layernorm.weight"),
+    "layers/mlp/gate_df": Name("model.layers.{}.mlp.gate_proj.weight", inputs=1),
+    "layers/mlp/up_df": Name("model.layers.{}.mlp.up_proj.weight", inputs=1),
+    "layers/mlp/down_fd": Name("model.layers.{}.mlp.down_proj.weight", inputs=1),
+    "norm/scale_d": Name("model.norm.weight"),
+    HEAD: Name("lm_head.weight"),
 }
 
 
@@ -142,13 +142,14 @@ def _stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, shape in leaf_shapes(architecture).items():
         one = shape[1:] if path.startswith("layers/") else shape
-        shapes |= {name: _NAMES[path].shape(one) for name in _stored_names(path, shape)}
+        shapes |= {name: NAMES[path].shape(one) for name in stored_names(path, shape)}
     return shapes
 
 
-def _stored_names(path: str, shape: tuple[int, ...]) -> list[str]:
+def stored_names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Names of the tensors of a leaf of the stacked `shape`: one, or one a layer."""
     layers = shape[0] if path.startswith("layers/") else 1
-    return [_NAMES[path].pattern.format(layer) for layer in range(layers)]
+    return [NAMES[path].pattern.format(layer) for layer in range(layers)]
 
 
 def _read_leaf(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], path: str) -> np.ndarray:
@@ -156,8 +157,8 @@ def _read_leaf(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]],
     shape = shapes[path]
     leaf = np.empty(shape, np.float32)
     layers = leaf if path.startswith("layers/") else leaf[None]
-    for layer, name in zip(layers, _stored_names(path, shape), strict=True):
-        layer[...] = _NAMES[path].to_ours(read_tensor(files[name], name), layer.shape)
+    for layer, name in zip(layers, stored_names(path, shape), strict=True):
+        layer[...] = NAMES[path].to_ours(read_tensor(files[name], name), layer.shape)
     return leaf
 
 
@@ -170,22 +171,23 @@ def _convert(
         if leaf.shape != shape:
             raise ValueError(f"{path} has shape {leaf.shape}, the architecture implies {shape}")
         for layer in leaf if path.startswith("layers/") else leaf[None]:
-            cast = _cast(path, _NAMES[path].from_ours(layer), dtype)
-            if not np.array_equal(cast.astype(np.float32), _NAMES[path].from_ours(layer)):
+            tensor = cast(path, NAMES[path].from_ours(layer), dtype)
+            if not np.array_equal(tensor.astype(np.float32), NAMES[path].from_ours(layer)):
                 rounded.add(path)
-            yield cast
-            del layer, cast
+            yield tensor
+            del layer, tensor
         del leaf  # or it would stay in memory while the next one is read
 
 
-def _cast(path: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def cast(path: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return float32 values of the leaf `path` as `dtype`; `UserError` where one is not finite, or too large for it."""
     if not np.isfinite(values).all():
         raise UserError(f"{path} holds values that are not finite; export a step from before the run diverged")
     with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    if not np.isfinite(cast).all():
+        tensor = values.astype(dtype)
+    if not np.isfinite(tensor).all():
         raise UserError(f"{path} has values that {dtype} can't hold (largest {abs(values).max()}); write float32")
-    return cast
+    return tensor
 
 
 def _locate(directory: Path) -> dict[str, Path]:
@@ -217,7 +219,7 @@ def _check_tensors(
     """Raise `UserError` unless the tensors are exactly those that the architecture implies."""
     expected = _stored_shapes(architecture)
     found = {name for name in files if not name.endswith(_DERIVED)}
-    head, embedding = (_NAMES[path].pattern for path in (HEAD, EMBEDDING))
+    head, embedding = (NAMES[path].pattern for path in (HEAD, EMBEDDING))
     if missing := [name for name in expected if name not in found]:
         hint = "; does config.json lack tie_word_embeddings=true?" if missing == [head] else "; fetch the model again"
         raise UserError(f"{directory}: tensor {missing[0]} is missing ({len(missing)} in all){hint}")

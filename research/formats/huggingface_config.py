@@ -72,8 +72,17 @@ def read_architecture(file: Path) -> Architecture:
         raise error if place in str(error) else UserError(f"{place}: {error}") from None
 
 
-def write_config(directory: Path, architecture: Architecture, tokenizer: Tokenizer, dtype: str) -> None:
-    """Write config.json, which transformers 4 and 5 both read, and generation_config.json."""
+def write_config(
+    directory: Path,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    dtype: str,
+    quantization: Mapping[str, object] | None = None,
+) -> None:
+    """Write config.json, which transformers 4 and 5 both read, and generation_config.json.
+
+    `quantization`: how the weights are stored where they are no floats, the object `quantization_config`.
+    """
     a = architecture
     rope: dict[str, object] = {"rope_type": "default"}
     if a.rope_scaling:
@@ -103,6 +112,7 @@ def write_config(directory: Path, architecture: Architecture, tokenizer: Tokeniz
         "dtype": dtype,
         "torch_dtype": dtype,
         **tokens,
+        **({"quantization_config": dict(quantization)} if quantization else {}),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")

@@ -1,9 +1,10 @@
 """Our own export: quantized leaves as their codes and scales, everything else as it is, in one safetensors file.
 
 Nothing is computed anew on the way to the file or back: the codes and scales that the optimizer held come back bit for
-bit. A leaf `path` is stored as `path.codes` (int8, or the 16-bit float of a grid that is a cast) and `path.scale`
-(fp16), or as `path` where it has no codes. config.json beside it says how to read them and carries a SHA-256 of every
-file, itself included; opening an export verifies all of them, because a flipped byte in a weight is silent otherwise.
+bit. A leaf `path` is stored as `path.codes` (int8 or an 8-bit float, or the 16-bit float of a grid that is a cast) and
+`path.scale` (fp16), or as `path` where it has no codes. config.json beside it says how to read them and carries a
+SHA-256 of every file, itself included; opening an export verifies all of them, because a flipped byte in a weight is
+silent otherwise.
 """
 
 import hashlib
@@ -29,15 +30,17 @@ VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CAST_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_SCALED_DTYPES = tuple(map(np.dtype, (np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
 
 
 @dataclass(frozen=True, eq=False)
 class StoredLeaf:
     """A quantized leaf on its way to or from a file, as numpy arrays.
 
-    `codes` is int8, or float16 / bfloat16 where the grid is a cast. `scale` is float16, of the same rank as `codes`;
-    each of its axes has a size that divides that of the codes, and element j of an axis of n codes and m scales uses
-    scale j // (n // m). It is None for a cast. `format` names grid and granularity, e.g. "int8/channel" or "fp16".
+    `codes` is int8 or an 8-bit float, or float16 / bfloat16 where the grid is a cast. `scale` is float16, of the same
+    rank as `codes`; each of its axes has a size that divides that of the codes, and element j of an axis of n codes and
+    m scales uses scale j // (n // m). It is None for a cast. `format` names grid and granularity, e.g. "int8/channel"
+    or "fp16".
     """
 
     codes: np.ndarray
@@ -96,6 +99,13 @@ def decode(leaf: Leaf) -> np.ndarray:
         values.reshape(split)[...] *= scale.reshape([size for m in scale.shape for size in (m, 1)])
     values += np.float32(0.0)  # -0.0 + 0.0 is 0.0; all other values stay
     return values
+
+
+def spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the scale of every element of codes of `shape`, in the scale's dtype."""
+    for axis, (n, m) in enumerate(zip(shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, n // m, axis=axis)
+    return scale
 
 
 def write(
@@ -201,10 +211,10 @@ def _check_leaf(path: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndar
     if path in tensors:
         if values.dtype not in (np.float32, *_CAST_DTYPES):
             raise ValueError(f"{path} is {values.dtype}; a leaf without codes is float32, float16 or bfloat16")
-    elif values.dtype != (np.int8) and (values.dtype not in _CAST_DTYPES or scale is not None):
-        raise ValueError(f"{path} has {values.dtype} codes; they are int8, or float16 or bfloat16 without a scale")
-    elif values.dtype == np.int8 and (scale is None or scale.dtype != np.float16):
-        raise ValueError(f"{path} has int8 codes, but no float16 scale")
+    elif values.dtype not in _SCALED_DTYPES and (values.dtype not in _CAST_DTYPES or scale is not None):
+        raise ValueError(f"{path} has {values.dtype} codes; they have 8 bits, or are float16 or bfloat16 with no scale")
+    elif values.dtype in _SCALED_DTYPES and (scale is None or scale.dtype != np.float16):
+        raise ValueError(f"{path} has {values.dtype} codes, but no float16 scale")
     if scale is not None and (
         scale.ndim != values.ndim or any(n % m for n, m in zip(values.shape, scale.shape, strict=True))
     ):

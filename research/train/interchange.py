@@ -1,7 +1,8 @@
 """Exports for other engines, GGUF files and Hugging Face directories, and the lines that say what they hold exactly.
 
-Codes go into GGUF's blocks as the optimizer held them. Where a format holds floats, they are the decoded weights,
-float32(code) · float32(scale): 8 + 11 bits, which float32 holds exactly and 16-bit floats round.
+Codes go into GGUF's blocks and compressed-tensors' matrices as the optimizer held them. Where a format holds floats,
+they are the decoded weights, float32(code) · float32(scale): 8 + 11 bits, which float32 holds exactly and 16-bit floats
+round.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,12 @@ from typing import Any
 
 from research.architecture import Architecture
 from research.errors import UserError
-from research.formats import gguf, huggingface, native
+from research.formats import compressed_tensors, gguf, huggingface, native
 from research.tokenizer import Tokenizer
 
 GGUF_TYPES = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
 HUGGINGFACE_TYPES = ("float32", "bfloat16")
+COMPRESSED_TYPES = tuple(compressed_tensors.TYPES)
 
 
 def write_gguf(
@@ -50,11 +52,37 @@ def write_huggingface(
     `metadata`: a checkpoint's; foundation, task and step go into the file's header. Raises `UserError` as
     `huggingface.write` does.
     """
-    header = {key: str(metadata[key]) for key in ("foundation", "task", "step")}
     rounded = huggingface.write(
-        directory, architecture, tokenizer, leaves, lambda path: native.decode(leaves[path]), type, header
+        directory, architecture, tokenizer, leaves, lambda path: native.decode(leaves[path]), type, _header(metadata)
     )
     return (describe_rounding(type, rounded, leaves, remedy="float32"),)
+
+
+def write_compressed_tensors(
+    directory: Path,
+    leaves: Mapping[str, native.Leaf],
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    type: str,
+    metadata: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """Write stored leaves as a new directory of the library compressed-tensors; return lines that say what is in it.
+
+    `metadata`: as for `write_huggingface`. Raises `UserError` as `compressed_tensors.write` does.
+    """
+    header = _header(metadata)
+    held = sorted(compressed_tensors.write(directory, architecture, tokenizer, leaves, type, header))
+    floats = [path for path in leaves if path not in held]
+    rounds = compressed_tensors.TYPES[type].rounds_activations
+    inputs = "engines round what they multiply to int8, a scale per token" if rounds else "engines decode them"
+    return (
+        f"codes and scales of the run, bit for bit: {_list(held)}; {inputs}",
+        f"float32, exactly decoded: {_list(floats)}; engines round nothing that they multiply",
+    )
+
+
+def _header(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(metadata[key]) for key in ("foundation", "task", "step")}
 
 
 def describe_rounding(type: str, rounded: Iterable[str], leaves: Mapping[str, native.Leaf], remedy: str) -> str:

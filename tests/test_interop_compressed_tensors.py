@@ -1,0 +1,168 @@
+"""compressed-tensors reads our codes and scales, and transformers computes with them; see requirements-interop.txt."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_models as tiny
+from checkpoints import bits
+from test_gguf_blocks import SMALL, int4_leaves
+from tiny_tokenizers import byte_level
+
+from research.config import MeshConfig, Rule, TrainConfig
+from research.formats import native
+from research.formats.huggingface import NAMES
+from research.foundation import load_foundation
+from research.mesh import make_mesh
+from research.model.folding import FloatModel
+from research.model.transformer import causal
+from research.setup import make_setup
+from research.tokenizer import Tokenizer
+from research.train.export import stored_leaves
+from research.train.interchange import write_compressed_tensors
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("default"),  # those of other libraries are theirs
+]
+METADATA = {"foundation": {"name": "tiny"}, "task": "fruit", "step": 2}
+MATRICES = (Rule(match="layers/.*", weight="int8", activation="int8"), Rule(match="embed/.*", weight="int8"))
+PASSAGE = Path(__file__).parent / "fixtures" / "passage.txt"
+
+
+def quantized(source: Any, rules: tuple[Rule, ...]) -> tuple[tiny.Tiny, dict[str, native.Leaf]]:
+    """A model on its grids, and its leaves as an export gets them."""
+    model = tiny.make(source, rules)
+    architecture = tiny.float_model(source).architecture
+    setup = make_setup(architecture, rules, TrainConfig(), make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    return model, dict(stored_leaves(model.weights, setup))
+
+
+def load(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(found.values()), found  # nothing missing, unexpected or of another shape
+    return model.eval()
+
+
+def log_probabilities(logits_tv: Any) -> np.ndarray:
+    logits_tv = np.asarray(logits_tv, np.float64)
+    logits_tv = logits_tv - logits_tv.max(-1, keepdims=True)
+    return logits_tv - np.log(np.exp(logits_tv).sum(-1, keepdims=True))
+
+
+def ours_of(model: tiny.Tiny, tokens_bt: np.ndarray, weights: Any = None) -> np.ndarray:
+    logits_btv = causal(model.model(weights or model.served), jax.numpy.asarray(tokens_bt.astype(np.int32)))
+    return log_probabilities(logits_btv)
+
+
+def theirs_of(model: Any, tokens_bt: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return log_probabilities(model(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy())
+
+
+def compare(what: str, ours: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """The share of positions where both find the same token likeliest, and the mean of KL(ours, found) in nats."""
+    agreement = float((ours.argmax(-1) == found.argmax(-1)).mean())
+    divergence = float((np.exp(ours) * (ours - found)).sum(-1).mean())
+    print(f"{what}: top-1 agreement {agreement:.4f}, KL {divergence:.2e}")
+    return agreement, divergence
+
+
+def our_scale(value: Any, **_: Any) -> tuple[Any, Any]:
+    """The library's function for scale and zero of an activation, with our largest code, 127, for its 127.5."""
+    import torch
+
+    scale = value.abs().amax(-1, keepdim=True) / 127
+    return scale, torch.zeros_like(scale)
+
+
+def an_ulp_off(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights whose first norms are an ulp larger or smaller."""
+    scale_ld = np.asarray(weights["layers"]["attention_norm"]["scale_d"])
+    up = np.random.default_rng(0).random(scale_ld.shape) < 0.5
+    moved = np.nextafter(scale_ld, np.where(up, np.inf, -np.inf).astype(np.float32))
+    layers = {**weights["layers"], "attention_norm": {"scale_d": jax.numpy.asarray(moved)}}
+    return {**weights, "layers": layers}
+
+
+@pytest.mark.parametrize("type", ("w4a16", "w8a16"))
+def test_the_library_unpacks_the_codes(tmp_path: Path, type: str) -> None:
+    """And transformers decodes the weights themselves, also where a scale is negative."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    leaves = int4_leaves()
+    write_compressed_tensors(tmp_path / "x", leaves, SMALL, byte_level(), type, METADATA)
+    model = load(tmp_path / "x")
+    tensors = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    model(torch.zeros((1, 1), dtype=torch.long))  # decodes
+    decoded = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    matrices = [path for path in leaves if NAMES[path].inputs]
+    for path in matrices:
+        leaf, name = leaves[path], NAMES[path]
+        assert isinstance(leaf, native.StoredLeaf) and leaf.scale is not None
+        for layer in range(SMALL.layers):
+            module = name.pattern.format(layer)
+            packed, shape = (torch.tensor(tensors[f"{module}_{part}"]) for part in ("packed", "shape"))
+            codes = unpack_from_int32(packed, int(type[1]), torch.Size(shape.tolist())).numpy()
+            np.testing.assert_array_equal(codes, name.from_ours(leaf.codes[layer]))
+            scale_oi = name.from_ours(native.spread(leaf.scale[layer], leaf.codes.shape[1:]))
+            found = tensors[f"{module}_scale"].repeat(32, 1)
+            np.testing.assert_array_equal(found, scale_oi.astype(np.float32))
+            np.testing.assert_array_equal(decoded[module], name.from_ours(native.decode(leaf)[layer]))
+    assert len(matrices) == 7 and bits(decoded["lm_head.weight"]) == bits(native.decode(leaves["embed/table_vd"]))
+
+
+@pytest.mark.parametrize("rules", (MATRICES, tiny.W8A8), ids=("float head", "int8 head"))
+def test_transformers_computes_what_w8a8_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: tuple[Rule, ...]
+) -> None:
+    """Codes and scales bit for bit; an activation's scale is absmax / 127.5 there and absmax / 127 here.
+
+    Measured: KL 7.7e-4 and 8.0e-4, top-1 0.956 (random tokens, flat distributions); with our scale in the library
+    7.8e-5 and 0.996, and 1.03e-4 and 0.992 where our head is int8, which theirs never is.
+    """
+    model, leaves = quantized("gqa_9_3", rules)
+    tokenizer = Tokenizer.load(tiny.FIXTURES / "gqa_9_3")
+    architecture = tiny.float_model("gqa_9_3").architecture
+    write_compressed_tensors(tmp_path / "x", leaves, architecture, tokenizer, "w8a8", METADATA)
+    theirs = load(tmp_path / "x")
+    tensors = theirs.state_dict()
+    for path, leaf in leaves.items():
+        if NAMES[path].inputs:
+            assert isinstance(leaf, native.StoredLeaf) and leaf.scale is not None
+            found = tensors[NAMES[path].pattern.format(1)].numpy()
+            assert bits(found) == bits(np.ascontiguousarray(NAMES[path].from_ours(leaf.codes[1])))
+            scale = tensors[NAMES[path].pattern.format(1) + "_scale"].numpy()
+            np.testing.assert_array_equal(scale[:, 0], leaf.scale[1].reshape(-1).astype(np.float32))
+    tokens_bt = np.random.default_rng(0).integers(3, architecture.vocabulary, (8, 60))
+    ours = ours_of(model, tokens_bt)
+    _, divergence = compare("tiny", ours, theirs_of(theirs, tokens_bt))
+    assert divergence <= 1e-3
+    module = "compressed_tensors.quantization.lifecycle.forward"
+    monkeypatch.setattr(f"{module}.compute_dynamic_scales_and_zp", our_scale)
+    agreement, divergence = compare("tiny, our activations", ours, theirs_of(theirs, tokens_bt))
+    assert agreement >= 0.99 and divergence <= 2e-4
+
+
+def test_the_foundation_in_w8a8(tmp_path: Path) -> None:
+    """SmolLM2, quantized without training, on a passage of 193 tokens.
+
+    Its activations have outliers, so that a code that flips in one layer flips many in the next: an ulp in the norms
+    changes our own forward by KL 2.6e-2 and 10 % of the top tokens. transformers differs by 3.5e-2; asked for is three
+    times what the ulp does, as between meshes (docs/decisions/0001-numerics.md), and an order below a broken layer.
+    """
+    foundation = load_foundation("smollm2-135m-instruct")
+    model, leaves = quantized(FloatModel(foundation.architecture, foundation.read), MATRICES)
+    write_compressed_tensors(tmp_path / "x", leaves, foundation.architecture, foundation.tokenizer, "w8a8", METADATA)
+    tokens_bt = np.array([foundation.tokenizer.encode_document(PASSAGE.read_text(encoding="utf-8"))])
+    ours = ours_of(model, tokens_bt)
+    _, ulp = compare("foundation, an ulp off", ours, ours_of(model, tokens_bt, an_ulp_off(model.served)))
+    _, divergence = compare("foundation", ours, theirs_of(load(tmp_path / "x"), tokens_bt))
+    assert divergence <= min(3 * ulp, 0.1)
