@@ -339,6 +339,9 @@ class LoggingConfig:
         _require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: give 1 or more")
 
 
+KV_CACHES = ("float", "int8", "fp8_e4m3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that a run depends on."""
@@ -351,6 +354,9 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     quantization: tuple[Rule, ...] = ()
     """Rules, first match wins; no rule: the parameters stay float."""
+    kv_cache: str = "float"
+    """How attention keeps keys and values, in training as in generation: float, or int8 or fp8_e4m3 codes with one
+    scale per token and head."""
     fold: FoldConfig = field(default_factory=FoldConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -361,6 +367,7 @@ class Experiment:
     def __post_init__(self) -> None:
         _check_types(self, "")
         _require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
+        _require(self.kv_cache in KV_CACHES, f"kv_cache={self.kv_cache!r}: give one of {KV_CACHES}")
         run = PurePosixPath(self.run)
         _require(
             not (run.is_absolute() or ".." in run.parts or "\\" in self.run or (self.run and not run.name)),
