@@ -109,7 +109,8 @@ class Rule:
     anneal: str = "none"
     """Between the two: none (float until end_step), parq or relax (towards the grid by degrees)."""
     activation: str = "none"
-    """Grid of the activation that this weight multiplies: none, or int8 (per token, symmetric, dynamic)."""
+    """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token) or
+    int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it)."""
     axes: str = ""
     """Axis letters of the weight where its own model doesn't tell them, e.g. "io"."""
     contract: str = ""

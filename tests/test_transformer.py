@@ -112,6 +112,26 @@ def test_logits_are_those_of_transformers_on_a_mesh(
     assert _relative(logits_btv, expected["logits_btv"]) < PARITY
 
 
+# What llama.cpp computes, in groups that a width of 24 and heads of 4 can have.
+GROUPED = (
+    Rule(match=".*/down_fd", weight="int8", activation="int8"),
+    Rule(match=".*", weight="int8", granularity="group:4", activation="int8:group:4"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_groups_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], mesh_of: Callable[..., Mesh]) -> None:
+    """Kv heads whole on each device, query heads split: the out-projection's blocks are added device by device."""
+    mesh = mesh_of(**sizes)
+    model = tiny.make(tiny.GQA_10_2, GROUPED, mesh)
+    logits_btv, gradients = _train(model, mesh)
+    expected_btv, expected_gradients = _single(tiny.GQA_10_2, GROUPED)
+    assert _relative(logits_btv, expected_btv) < PARITY
+    assert _worst(model.unpad(gradients), expected_gradients) < PARITY
+    np.testing.assert_array_equal(logits_btv, _logits(model, _tokens(), mesh))  # from codes alone
+
+
 PADDED = [
     (tiny.GQA_9_3, tiny.FLOAT, "float", 1),
     (tiny.GQA_10_2, tiny.W8A8, "float", 2),

@@ -9,7 +9,6 @@ in a bucket, and rows of different lengths side by side.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture
 from research.errors import UserError
-from research.model.layers import Cache, Settings, constrain, visible
+from research.model.layers import Cache, Settings, visible
+from research.model.seam import constrain, ways_of
 from research.model.transformer import Transformer
 from research.quant.kv_cache import keep
 
@@ -145,9 +145,7 @@ def _bucket(size: int) -> int:
 
 def _batch_ways(settings: Settings) -> int:
     """Return into how many pieces the mesh in context splits a batch."""
-    mesh_axes = settings.rules.activations.get("b") or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes.get(axis, 1) for axis in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
+    return ways_of(settings.rules.activations.get("b"))
 
 
 def _pad(prompts: Sequence[Sequence[int]], bucket: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:

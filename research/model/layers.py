@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import einsum, explicit, whole
+from research.model.seam import constrain, einsum, explicit, whole
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
 from research.quant.nodes import Quantized, Weight, dense
@@ -66,18 +66,11 @@ class Settings:
 
     def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
-        spec, dtype = self.spec(subscripts.split("->")[1]), jnp.dtype(self.compute_dtype)
-        activation = self.activations.get(path, "none")
-        return constrain(einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec), spec)
-
-
-def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
-
-    On Explicit mesh axes nothing moves: an `x` of another sharding raises.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+        factors, result = subscripts.split("->")
+        spec, x_spec = self.spec(result), self.spec(factors.split(",")[0])
+        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
+        product = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec, x_spec=x_spec)
+        return constrain(product, spec)
 
 
 def weight(param: nnx.Param) -> Weight:

@@ -84,9 +84,8 @@ class Job:
     @property
     def forward_name(self) -> str:
         """What the training forward is called in the table: "w8a8", "fp16 weights", "float"."""
-        names = {
-            "w8a8" if (r.weight, r.activation) == ("int8", "int8") else r.weight for r in self.experiment.quantization
-        }
+        rules = self.experiment.quantization
+        names = {"w8a8" if r.weight == "int8" and r.activation.startswith("int8") else r.weight for r in rules}
         return " + ".join(sorted(names)) or "float"
 
 
