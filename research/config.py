@@ -125,7 +125,8 @@ class Rule:
     anneal: str = "none"
     """Between the two: none (float until end_step), parq or relax (towards the grid by degrees)."""
     activation: str = "none"
-    """Grid of the activation that this weight multiplies: none, or int8 (per token, symmetric, dynamic)."""
+    """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token) or
+    int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it)."""
     axes: str = ""
     """Axis letters of the weight where its own model doesn't tell them, e.g. "io"."""
     contract: str = ""
@@ -374,6 +375,9 @@ class LoggingConfig:
         require(self.every_steps >= 1, f"logging.every_steps={self.every_steps}: give 1 or more")
 
 
+KV_CACHES = ("float", "int8", "fp8_e4m3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that a run depends on."""
@@ -386,6 +390,9 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     quantization: tuple[Rule, ...] = ()
     """Rules, first match wins; no rule: the parameters stay float."""
+    kv_cache: str = "float"
+    """How attention keeps keys and values, in training as in generation: float, or int8 or fp8_e4m3 codes with one
+    scale per token and head."""
     fold: FoldConfig = field(default_factory=FoldConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -396,4 +403,5 @@ class Experiment:
     def __post_init__(self) -> None:
         check_types(self, "")
         require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
+        require(self.kv_cache in KV_CACHES, f"kv_cache={self.kv_cache!r}: give one of {KV_CACHES}")
         require_run_name(self.run)

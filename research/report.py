@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from research.model.parameters import Parameter
+from research.quant.grid import Grid
 from research.quant.policy import Coverage
 from research.results import ModelResult, Results
 from research.run_folder import plain
@@ -81,6 +82,12 @@ def describe_padding(table: Mapping[str, Parameter]) -> str:
         return "; ".join([f"none needed, {format_count(before)} parameters", *whole])
     growth = f"{format_count(before)} parameters become {format_count(after)} (+{100 * (after / before - 1):.1f} %)"
     return "; ".join([", ".join(changed), *whole, growth])
+
+
+def describe_cache(grid: Grid | None, dtype: str, bytes_per_token: int) -> str:
+    """Return in words how keys and values are kept, and what one token takes over all layers and devices."""
+    form = dtype if grid is None else f"{grid.name} with a scale per token and head"
+    return f"{form}, {bytes_per_token:,} bytes per token"
 
 
 def render_memory(parts: Mapping[str, int], devices: int) -> Group:

@@ -14,6 +14,7 @@ from research.errors import UserError
 from research.model.layers import Settings
 from research.model.parameters import Parameter
 from research.model.transformer import graph_of, make_settings
+from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
 from research.tasks.batches import Batch
 
@@ -36,16 +37,24 @@ class Setup:
         return self.settings.table
 
 
+def setup_of(experiment: Experiment, architecture: Architecture, mesh: Mesh) -> Setup:
+    """Put the model of an experiment together, with all that it says of number formats; errors as in `make_setup`."""
+    return make_setup(architecture, experiment.quantization, experiment.train, mesh, kv_cache=experiment.kv_cache)
+
+
 def make_setup(
     architecture: Architecture,
     rules: tuple[Rule, ...],
     train: TrainConfig,
     mesh: Mesh,
+    *,
+    kv_cache: str = "float",
     padded_for: Mapping[str, int] | None = None,
 ) -> Setup:
     """Put a model together; raises `UserError` for rules or sizes that can't be.
 
-    Without rules it is the float model. `padded_for`: sizes of another mesh whose padding to use (the tests do).
+    Without rules the parameters are floats. `kv_cache`: one of `config.KV_CACHES`. `padded_for`: sizes of another mesh
+    whose padding to use (the tests do).
     """
     sizes = dict(mesh.shape) | dict(padded_for or {})
     plain = make_settings(architecture, mesh_sizes=sizes)
@@ -55,6 +64,7 @@ def make_setup(
         architecture,
         policy,
         mesh_sizes=sizes,
+        kv_grid=None if kv_cache == "float" else GRIDS[kv_cache],
         compute_dtype=train.compute_dtype,
         rematerialize=train.rematerialize,
         unroll=train.unroll,

@@ -15,7 +15,7 @@ from research.errors import UserError, nearest, run_script
 from research.mesh import make_mesh, prepare_devices
 from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
-from research.setup import make_setup
+from research.setup import setup_of
 from research.train.export import stored_leaves, write_export
 from research.train.interchange import (
     COMPRESSED_TYPES,
@@ -75,7 +75,7 @@ def write(opened: Opened, output: Path, format: str, type: str | None) -> tuple[
     """Write the export and return lines that say what it holds."""
     prepare_devices(MeshConfig())
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    setup = make_setup(opened.architecture, opened.experiment.quantization, opened.experiment.train, mesh)
+    setup = setup_of(opened.experiment, opened.architecture, mesh)
     weights, model = opened.weights(setup), (opened.architecture, opened.tokenizer)
     if type is None:
         write_export(output, weights, setup, *model, opened.metadata)

@@ -12,6 +12,7 @@ from research.config import Experiment
 from research.errors import UserError, run_script
 from research.model.generate import Sampling, generate
 from research.report import make_console, say
+from research.train.dry_run import say_cache
 from research.train.open_run import open_trained
 from research.train.prompts import chat_ids, question_ids, text_ids, text_pieces
 from research.train.serve import OF_FOUNDATION, TO_GENERATE, serving, with_overrides
@@ -55,6 +56,7 @@ def write(flags: Namespace) -> None:
             ids = (chat_ids if flags.chat else text_ids)(tokenizer, flags.prompt)
         if cut:
             say(console, "Cut", "the text, at its end, to the length that the model was trained for")
+        say_cache(served.setup, console)
         room = served.setup.settings.architecture.context - len(ids)
         most = min(MOST_TOKENS, max(1, room)) if flags.max_tokens is None else flags.max_tokens
         graph, weights, ends = served.setup.graph, served.weights, tokenizer.end_ids

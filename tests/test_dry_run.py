@@ -46,8 +46,18 @@ def test_it_shows_coverage_padding_and_memory() -> None:
     show_dry_run(Experiment(quantization=tiny.W8A8), setup, mesh, make_console(stream))
     assert len(jax.live_arrays()) == live  # nothing was put on a device
     text = stream.getvalue()
-    for part in ("query heads 9 → 12", "q_dnh", "int8 channel", "memory on each of 4 devices", "float32 latents"):
+    told = "query heads 9 → 12", "q_dnh", "int8 channel", "memory on each of 4 devices", "float32 latents"
+    for part in (*told, f"KV cache: float32, {2 * 2 * 4 * 4 * 4} bytes per token"):
         assert part in text
     brief = io.StringIO()
     describe_setup(setup, make_console(brief), table=False)
     assert "query heads 9 → 12" in brief.getvalue() and "q_dnh" not in brief.getvalue()
+    assert "KV cache" not in brief.getvalue()
+
+
+def test_a_quantized_cache_is_told_of() -> None:
+    """Two layers, keys and values, four heads after padding, of four codes and a float16 scale."""
+    setup = make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, make_mesh(MeshConfig(tensor=4)), kv_cache="fp8_e4m3")
+    stream = io.StringIO()
+    describe_setup(setup, make_console(stream), table=False)
+    assert f"fp8_e4m3 with a scale per token and head, {2 * 2 * 4 * (4 + 2)} bytes per token" in stream.getvalue()

@@ -16,17 +16,20 @@ from research.model import generate as module
 from research.model.generate import Sampling, generate, generate_batch
 from research.model.layers import visible
 from research.model.transformer import causal
+from research.quant.grid import GRIDS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+SLOW = pytest.mark.slow
 PROMPT = [5, 41, 7]
 DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)
 
 
 @lru_cache
-def _model(policy: str) -> tiny.Tiny:
+def _model(policy: str, kv_cache: str = "float") -> tiny.Tiny:
     """Ten query heads share two kv heads, laid out for four ways: copies of the kv heads, and padded queries."""
-    return tiny.make(tiny.GQA_10_2, tiny.FLOAT if policy == "float" else tiny.W8A8, padded_for=4)
+    rules = tiny.FLOAT if policy == "float" else tiny.W8A8
+    return tiny.make(tiny.GQA_10_2, rules, padded_for=4, kv_grid=GRIDS.get(kv_cache))
 
 
 @pytest.fixture
@@ -40,14 +43,14 @@ def _greedy(model: tiny.Tiny, prompt: list[int], tokens: int, **options: Any) ->
 
 
 @lru_cache
-def _forward(policy: str) -> Callable[..., jax.Array]:
-    model = _model(policy)
+def _forward(policy: str, kv_cache: str = "float") -> Callable[..., jax.Array]:
+    model = _model(policy, kv_cache)
     return jax.jit(lambda tokens_bt: causal(model.model(model.served), tokens_bt))
 
 
-def _without_cache(policy: str, tokens: list[int]) -> np.ndarray:
+def _without_cache(policy: str, tokens: list[int], kv_cache: str = "float") -> np.ndarray:
     """Logits [t, v] of a text. Causality is tested elsewhere: those at t are what the text up to t gives."""
-    return np.asarray(_forward(policy)(np.array([tokens], np.int32)))[0]
+    return np.asarray(_forward(policy, kv_cache)(np.array([tokens], np.int32)))[0]
 
 
 @pytest.mark.parametrize("policy, tokens", [("float", 61), ("w8a8", 12)])
@@ -60,25 +63,28 @@ def test_cached_greedy_tokens_are_those_without_a_cache(policy: str, tokens: int
     assert found == logits_tv[len(PROMPT) - 1 : -1].argmax(axis=1).tolist()
 
 
-def test_cached_logits_are_those_without_a_cache(w8a8: tiny.Tiny) -> None:
+@pytest.mark.parametrize(
+    "policy, kv_cache", [("w8a8", "float"), ("w8a8", "int8"), pytest.param("float", "fp8_e4m3", marks=SLOW)]
+)
+def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> None:
     """Two tokens at once, then one by one, in a cache that is longer than the text."""
     tokens_bt = np.random.default_rng(4).integers(0, 67, (1, 15)).astype(np.int32)
-    settings = w8a8.settings
+    model = _model(policy, kv_cache)
 
     @jax.jit
     def step(cache: Any, tokens_bt: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-        called, t = w8a8.model(w8a8.served), tokens_bt.shape[1]
+        called, t = model.model(model.served), tokens_bt.shape[1]
         mask_bts = visible(jnp.zeros((1, t), jnp.int32), jnp.zeros((1, 17), jnp.int32), start)
         hidden_btd, cache = called(tokens_bt, (start + jnp.arange(t))[None], mask_bts, cache, start)
         return called.logits(hidden_btd), cache
 
-    shape = (settings.architecture.layers, 1, 17, settings.heads.groups, settings.architecture.head_width)
-    cache, found = (jnp.full(shape, 7.0), jnp.full(shape, 7.0)), []  # no slot is read before it is written
+    empty, found = module._empty_cache(model.settings, 1, 17), []
+    cache = jax.tree.map(lambda x: jnp.full_like(x, 7), empty)  # no slot is read before it is written
     for start, end in [(0, 2), *((t, t + 1) for t in range(2, 15))]:
         logits_btv, cache = step(cache, tokens_bt[:, start:end], np.int32(start))
         found.append(np.asarray(logits_btv)[0, :, :67])
-    expected_tv = _without_cache("w8a8", tokens_bt[0].tolist())[:, :67]
-    # float32 sums of the same terms in other orders, and no activation near enough to the middle of two codes to flip
+    expected_tv = _without_cache(policy, tokens_bt[0].tolist(), kv_cache)[:, :67]
+    # float32 sums of the same terms in other orders, and nothing near enough to the middle of two codes to flip
     assert np.abs(np.concatenate(found) - expected_tv).max() < 5e-6 * np.abs(expected_tv).max()
 
 
@@ -125,7 +131,7 @@ def test_one_program_for_a_bucket_and_one_for_the_step_which_reuses_its_cache(
     for prompt, tokens in ([1], 4), ([2] * 32, 9), ([3] * 17, 32):
         _greedy(w8a8, prompt, tokens)
     assert not traces and len(caches) == 3 + 8 + 31
-    assert all(part.is_deleted() for cache in caches for part in cache)
+    assert all(part.is_deleted() for part in jax.tree.leaves(caches))
 
 
 def test_draws_depend_on_seed_and_position_alone(w8a8: tiny.Tiny) -> None:
@@ -136,20 +142,25 @@ def test_draws_depend_on_seed_and_position_alone(w8a8: tiny.Tiny) -> None:
     assert drawn[4:] == _greedy(w8a8, PROMPT + drawn[:4], 6, sampling=DRAWN, seed=3)
 
 
+@pytest.mark.parametrize("kv_cache", ["float", pytest.param("int8", marks=SLOW)])
 def test_meshes_draw_the_same_tokens_and_split_the_cache(
-    w8a8: tiny.Tiny, mesh_of: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+    kv_cache: str, mesh_of: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On 1×2×4 one prompt is fewer than the mesh splits a batch into, and 67 words are padded to 68."""
     caches, step = [], module._step
     monkeypatch.setattr(module, "_step", lambda *arguments: caches.append(arguments[3]) or step(*arguments))
     mesh = mesh_of(fsdp=2, tensor=4)
-    sharded = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh)
+    sharded = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh, kv_grid=GRIDS.get(kv_cache))
     with jax.set_mesh(mesh):
         found = _greedy(sharded, PROMPT, 10, sampling=DRAWN, seed=3)
-    for part in caches[0] + caches[-1]:
-        assert part.shape == (2, 2, 64, 4, 4)  # two layers, a row for each of fsdp=2, two kv heads for four devices
-        assert part.sharding.shard_shape(part.shape) == (2, 1, 64, 1, 4)
-    assert found == _greedy(w8a8, PROMPT, 10, sampling=DRAWN, seed=3)
+    for part in jax.tree.leaves([caches[0], caches[-1]]):
+        *split, width = part.shape
+        assert split == [2, 2, 64, 4]  # two layers, a row for each of fsdp=2, two kv heads for four devices
+        assert part.sharding.shard_shape(part.shape) == (2, 1, 64, 1, width)
+        assert (width, part.dtype) in ([(4, jnp.float32)] if kv_cache == "float" else [(4, jnp.int8), (1, jnp.float16)])
+    tokens = sum(leaf.nbytes for leaf in jax.tree.leaves(caches[0])) / 2 / 64
+    assert module.cache_bytes_per_token(sharded.settings) == tokens
+    assert found == _greedy(_model("w8a8", kv_cache), PROMPT, 10, sampling=DRAWN, seed=3)
 
 
 def _shares(logits_v: np.ndarray, sampling: Sampling) -> np.ndarray:

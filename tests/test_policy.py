@@ -29,6 +29,25 @@ def int8(match: str = ".*", **changes: str) -> Rule:
     return Rule(**{"match": match, "weight": "int8"} | changes)
 
 
+def test_groups_of_activations_divide_the_axis_and_go_with_those_of_the_weight() -> None:
+    leaves = {"w": Leaf("io", "i", (48, 7), (2, 1))}
+
+    def formats(**rule: str) -> dict:
+        return Policy((Rule(match="w", **rule),), leaves).formats({"w": (48, 7)})
+
+    assert formats(weight="int8", activation="int8:group:8")["w"].scale_shape == (1, 7)
+    assert formats(weight="int8", activation="int8:group:8", granularity="group:8")["w"].scale_shape == (6, 7)
+    for weight in ("int8", "fp32"):
+        with pytest.raises(
+            UserError, match=r"^w: activation='int8:group:16'.*shard 'i' of 24.* 2, 3, 4, 6, 8, 12, 24$"
+        ):
+            formats(weight=weight, activation="int8:group:16")
+    with pytest.raises(UserError, match="'int8:group:8' with granularity='group:4'; give both groups one size"):
+        formats(weight="int8", activation="int8:group:8", granularity="group:4")
+    with pytest.raises(UserError, match="activation='int8:group:0' is no grid of activations"):
+        formats(weight="int8", activation="int8:group:0")
+
+
 @pytest.mark.parametrize(
     ("granularity", "expected"),
     [

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.model.seam import einsum
-from research.quant.activations import dequantize_tokens, quantize_tokens
+from research.quant.activations import dequantize_tokens, quantize_groups, quantize_tokens
 from research.quant.grid import GRIDS, calibrate, encode
 from research.quant.nodes import Encoded, Quantized, stored
 
@@ -60,9 +62,10 @@ def _view(w: Encoded, value: jax.Array) -> Quantized:
     return Quantized(value, w.codes, w.scale, w.grid, w.dtype)
 
 
-def _quantized(subscripts: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantized(subscripts: str, x: jax.Array, activation: str = "int8") -> tuple[jax.Array, jax.Array]:
     x_axes, w_axes, _ = _axes(subscripts)
-    return quantize_tokens(x, tuple(i for i, axis in enumerate(x_axes) if axis in w_axes))
+    contracted = tuple(i for i, axis in enumerate(x_axes) if axis in w_axes)
+    return quantize_tokens(x, contracted) if activation == "int8" else quantize_groups(x, contracted[-1], 32)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("activation", "dtype"))
@@ -70,73 +73,101 @@ def _product(subscripts: str, x: jax.Array, w, activation: str = "int8", dtype: 
     return einsum(subscripts, x, w, activation=activation, dtype=dtype)
 
 
-def _terms(subscripts: str, x: jax.Array, w: Encoded) -> np.ndarray:
-    """The product in numpy from the same codes, group by group: int64 sums · s_x · s_w in float32, [groups, …]."""
+def _reference(subscripts: str, x: jax.Array, w: Encoded, activation: str = "int8") -> np.ndarray:
+    """The product in numpy from the same codes: int64 sums · s_x · s_w, or Σ sum · (s_x · s_w), block after block."""
     x_axes, w_axes, y_axes = _axes(subscripts)
-    x_codes, x_scale = (np.asarray(part) for part in _quantized(subscripts, x))
-    w_scale = np.asarray(w.scale, np.float32)
-    s_x = x_scale.reshape([SIZES[axis] if axis in x_axes else 1 for axis in y_axes])
-    contracted = [i for i, axis in enumerate(w_axes) if axis not in y_axes]
-    terms = []
-    for group in np.ndindex(*[w_scale.shape[i] for i in contracted]):
-        w_part, x_part, scale_part = ([slice(None)] * len(axes) for axes in (w_axes, x_axes, w_axes))
-        for i, number in zip(contracted, group, strict=True):
-            width = SIZES[w_axes[i]] // w_scale.shape[i]
-            scale_part[i] = slice(number, number + 1)
-            w_part[i] = x_part[x_axes.index(w_axes[i])] = slice(number * width, (number + 1) * width)
-        factors = x_codes[tuple(x_part)], np.asarray(w.codes)[tuple(w_part)]
-        sums = np.einsum(subscripts, *(codes.astype(np.int64) for codes in factors))
-        s_w = w_scale[tuple(scale_part)].squeeze(tuple(contracted))
-        terms.append(sums.astype(np.float32) * s_x * s_w.reshape((1,) * (sums.ndim - s_w.ndim) + s_w.shape))
-    return np.stack(terms)
+    x_codes, x_scale = (np.asarray(part) for part in _quantized(subscripts, x, activation))
+    w_codes, w_scale = np.asarray(w.codes), np.asarray(w.scale)
+    contracted = [axis for axis in w_axes if axis not in y_axes]
+    counts = [max(x_scale.shape[x_axes.index(axis)], w_scale.shape[w_axes.index(axis)]) for axis in contracted]
+
+    def part(array: np.ndarray, letters: str, block: dict[str, int]) -> np.ndarray:
+        for axis, count in zip(contracted, counts, strict=True):
+            i = letters.index(axis)
+            if array.shape[i] > 1:
+                array = np.split(array, count, axis=i)[block[axis]]
+        return array
+
+    total = None
+    for numbers in np.ndindex(*counts):
+        block = dict(zip(contracted, numbers, strict=True))
+        arrays = (x_codes, x_axes), (w_codes, w_axes), (x_scale, x_axes), (w_scale, w_axes)
+        parts = [part(array, letters, block) for array, letters in arrays]
+        sums = np.einsum(subscripts, *(codes.astype(np.int64) for codes in parts[:2])).astype(np.float32)
+        s_x = parts[2].astype(np.float32).reshape([SIZES[axis] if axis in x_axes else 1 for axis in y_axes])
+        s_w = parts[3].astype(np.float32)
+        s_w = s_w.reshape([s_w.shape[w_axes.index(axis)] if axis in w_axes else 1 for axis in y_axes])
+        term = sums * s_x * s_w if len(set(counts)) == 1 and counts[0] == 1 else sums * (s_x * s_w)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
-@pytest.mark.parametrize(
-    "subscripts, granularity", [*itertools.product(PRODUCTS, ["channel", "group:32"]), (PRODUCTS[1], "tensor")]
-)
-def test_product_of_integers_is_numpys(subscripts: str, granularity: str) -> None:
-    x, w = _x(subscripts), _w(subscripts, granularity)
-    found, terms = np.asarray(_product(subscripts, x, stored(w))), _terms(subscripts, x, w)
-    assert len(terms) == {"btd,dnh->btnh": 2, "btnh,nhd->btd": 8, "bad,vd->bav": 2}[subscripts] or len(terms) == 1
-    if len(terms) == 1:
-        np.testing.assert_array_equal(found, terms[0])  # the sum is an integer, and the epilogue has one order
-    else:  # a float32 sum over groups in any order: half an ulp of the partial sum a term
-        assert (np.abs(found - terms.sum(axis=0)) <= len(terms) * 2.0**-24 * np.abs(terms).sum(axis=0)).all()
+WEIGHTS_AND_ACTIVATIONS = [
+    ("int8", "channel", "int8"),
+    ("int8", "group:32", "int8"),
+    ("q4_0", "group:32", "int8:group:32"),
+    ("int8", "channel", "int8:group:32"),
+]
+
+
+FORMS = [
+    *((PRODUCTS[1], form) for form in [*WEIGHTS_AND_ACTIVATIONS, ("int8", "tensor", "int8")]),
+    *itertools.product([PRODUCTS[0], PRODUCTS[2]], WEIGHTS_AND_ACTIVATIONS[::2]),
+]
+
+
+@pytest.mark.parametrize("subscripts, form", FORMS, ids=lambda part: str(part).replace(" ", ""))
+def test_product_of_integers_is_numpys(subscripts: str, form: tuple[str, str, str]) -> None:
+    """Sums are integers, and what comes after them has one order, which no fused operation changes."""
+    grid, granularity, activation = form
+    x, w = _x(subscripts), _w(subscripts, granularity, grid)
+    found = _product(subscripts, x, stored(w), activation=activation)
+    np.testing.assert_array_equal(found, _reference(subscripts, x, w, activation))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_value_changes_nothing(granularity: str) -> None:
     """Training (value, codes, scale) and serving (codes, scale) are the same numbers."""
     x, w = _x("btnh,nhd->btd"), _w("btnh,nhd->btd", granularity)
-    trained = _product("btnh,nhd->btd", x, _view(w, w.decode()))
-    np.testing.assert_array_equal(trained, _product("btnh,nhd->btd", x, stored(w)))
+    for activation in ("int8", "int8:group:32"):
+        trained = _product("btnh,nhd->btd", x, _view(w, w.decode()), activation=activation)
+        np.testing.assert_array_equal(trained, _product("btnh,nhd->btd", x, stored(w), activation=activation))
 
 
-@pytest.mark.parametrize("subscripts, granularity", [*((s, "channel") for s in PRODUCTS), (PRODUCTS[1], "group:32")])
-def test_gradient_is_straight_through(subscripts: str, granularity: str) -> None:
+STRAIGHT = [
+    *((subscripts, "channel", "int8") for subscripts in PRODUCTS),
+    (PRODUCTS[1], "group:32", "int8"),
+    (PRODUCTS[1], "group:32", "int8:group:32"),
+]
+
+
+@pytest.mark.parametrize("subscripts, granularity, activation", STRAIGHT)
+def test_gradient_is_straight_through(subscripts: str, granularity: str, activation: str) -> None:
     """That of a fake quantizer with the identity as its derivative: the plain product's, at x̂ and ŵ."""
     x, w = _x(subscripts), _w(subscripts, granularity)
     g = _normal(_axes(subscripts)[2], seed=3)
 
     @jax.jit
     def ours(x: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(lambda x, v: einsum(subscripts, x, _view(w, v), activation="int8"), x, value)[1](g)
+        return jax.vjp(lambda x, v: einsum(subscripts, x, _view(w, v), activation=activation), x, value)[1](g)
 
     @jax.jit
     def fake(x: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_hat = dequantize_tokens(*_quantized(subscripts, x), jnp.dtype("float32"))
+        x_hat = dequantize_tokens(*_quantized(subscripts, x, activation), jnp.dtype("float32"))
         return jax.vjp(partial(jnp.einsum, subscripts), x_hat, value)[1](g)
 
     for found, expected in zip(ours(x, w.decode()), fake(x, w.decode()), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_float_weights_with_int8_activations_are_fake_quantized() -> None:
+@pytest.mark.parametrize("activation", ["int8", "int8:group:32"])
+def test_float_weights_with_int8_activations_are_fake_quantized(activation: str) -> None:
     subscripts = "btd,dnh->btnh"
     x, w = _x(subscripts), _normal("dnh", seed=7)
     g = _normal("btnh", seed=3)
-    x_hat = dequantize_tokens(*_quantized(subscripts, x), jnp.dtype("float32"))
-    y, vjp = jax.vjp(partial(einsum, subscripts, activation="int8"), x, w)
+    x_hat = dequantize_tokens(*_quantized(subscripts, x, activation), jnp.dtype("float32"))
+    y, vjp = jax.vjp(partial(einsum, subscripts, activation=activation), x, w)
     expected, expected_vjp = jax.vjp(partial(jnp.einsum, subscripts), x_hat, w)
     np.testing.assert_array_equal(y, expected)
     assert np.abs(x_hat - x).max() > 0  # there is something to see
@@ -208,7 +239,7 @@ def test_sums_are_the_same_on_every_mesh(
 ) -> None:
     subscripts = "btf,fd->btd"
     x, w = _x(subscripts), _w(subscripts)
-    expected = _terms(subscripts, x, w)[0]
+    expected = _reference(subscripts, x, w)
     mesh = mesh_of(**sizes)
     put = lambda array, *entries: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*entries)))  # noqa: E731
     with jax.set_mesh(mesh):
@@ -220,3 +251,87 @@ def test_sums_are_the_same_on_every_mesh(
     contraction_split = w_entries[0] == "tensor"
     assert ("s32" in reduced) == contraction_split
     assert not contraction_split or "f32" in reduced  # a token's absolute maximum: exact, too
+
+
+BLOCKED = [
+    pytest.param(
+        {"fsdp": 2, "tensor": 2},
+        ("fsdp", None, None),
+        ("fsdp", "tensor"),
+        ("fsdp", None, "tensor"),
+        PRODUCTS[0],
+        id="columns",
+    ),
+    pytest.param(
+        {"tensor": 4}, (None, None, "tensor"), ("tensor", None), (), "btf,fd->btd", id="rows", marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize("sizes, x_spec, w_spec, y_spec, subscripts", BLOCKED)
+def test_blocks_on_a_mesh(
+    sizes: dict[str, int], x_spec: tuple, w_spec: tuple, y_spec: tuple, subscripts: str, mesh_of: Callable[..., Mesh]
+) -> None:
+    """The same bits where no device holds a part of the sum only; codes, not floats, are made whole for it."""
+    x, w = _x(subscripts), _w(subscripts, "group:32")
+    expected, mesh = _reference(subscripts, x, w, "int8:group:32"), mesh_of(**sizes)
+    put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+
+    @jax.jit
+    def product(x: jax.Array, w: Quantized) -> jax.Array:
+        specs = {"spec": PartitionSpec(*y_spec), "x_spec": PartitionSpec(*x_spec)}
+        return einsum(subscripts, x, w, activation="int8:group:32", **specs)
+
+    with jax.set_mesh(mesh):
+        split = Quantized(None, put(w.codes, w_spec), put(w.scale, w_spec), w.grid, w.dtype)
+        program = product.lower(put(x, x_spec), split).compile()
+        found = np.asarray(program(put(x, x_spec), split))
+    rows_split = x_spec[-1] == "tensor"
+    moved = set(re.findall(r"= (\w+)\[[^=]*(all-reduce|all-gather)\(", program.as_text()))
+    assert moved == ({("f32", "all-reduce")} if rows_split else {("s8", "all-gather"), ("f16", "all-gather")})
+    if rows_split:  # four sums of one block each, added in an order of the mesh's: half an ulp of a partial sum a time
+        size = np.abs(_reference(subscripts, jnp.abs(x), _positive(w), "int8:group:32"))
+        assert (np.abs(found - expected) <= 4 * 2.0**-24 * size).all()
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
+def _positive(w: Encoded) -> Encoded:
+    return Encoded(jnp.abs(w.codes), w.scale, w.grid, w.dtype)
+
+
+@pytest.mark.parametrize("type", [Type.Q8_0, Type.Q4_0])
+def test_groups_are_what_llama_cpp_computes(type: Type) -> None:
+    """Blocks of both sides as the `gguf` package makes and decodes them: Σ sum · (d_x · d_w), in their order."""
+    x_rk, w_ck = (np.asarray(_normal(axes, seed)) for axes, seed in (("tf", 1), ("df", 2)))
+    x_blocks, w_blocks = quants.quantize(x_rk, Type.Q8_0), quants.quantize(w_ck, type)
+    x_codes, x_scale = _codes(x_blocks, Type.Q8_0)
+    w_codes, w_scale = _codes(w_blocks, type)
+    decoded = w_codes.reshape(*w_scale.shape, 32) * w_scale.astype(np.float32)[..., None]
+    np.testing.assert_array_equal(decoded.reshape(w_ck.shape), quants.dequantize(w_blocks, type))
+    found_codes, found_scale = quantize_groups(jnp.asarray(x_rk), 1, 32)
+    np.testing.assert_array_equal(found_codes, x_codes)
+    np.testing.assert_array_equal(found_scale, x_scale)
+    expected = np.float32(0)
+    for block in range(x_scale.shape[1]):
+        part = slice(32 * block, 32 * block + 32)
+        sums = (x_codes[:, part].astype(np.int32) @ w_codes[:, part].T.astype(np.int32)).astype(np.float32)
+        expected = expected + sums * (x_scale[:, block, None].astype(np.float32) * w_scale[:, block].astype(np.float32))
+    grid = GRIDS["int8" if type == Type.Q8_0 else "q4_0"]
+    w = Quantized(None, jnp.asarray(w_codes), jnp.asarray(w_scale), grid, "float32")
+    np.testing.assert_array_equal(_product("tf,df->td", jnp.asarray(x_rk), w, activation="int8:group:32"), expected)
+
+
+def _codes(blocks: np.ndarray, type: Type) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes, int8 [r, k], and scales, float16 [r, k / 32], of the bytes of rows of blocks."""
+    blocks = blocks.reshape(len(blocks), -1, {Type.Q8_0: 34, Type.Q4_0: 18}[type])
+    scale, packed = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0], blocks[:, :, 2:]
+    if type == Type.Q4_0:
+        packed = np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int8) - np.int8(8)
+    return packed.astype(np.int8, casting="unsafe").reshape(len(blocks), -1), scale
+
+
+def test_groups_of_two_axes_that_are_no_neighbours_are_refused() -> None:
+    w = Encoded(jnp.ones((8, 3, 32), jnp.int8), jnp.ones((8, 3, 1), jnp.float16), GRIDS["int8"], "float32")
+    with pytest.raises(ValueError, match="'nh' must be neighbours in 'nah'"):
+        einsum("btnh,nah->bta", _x("btnh,nhd->btd"), stored(w), activation="int8:group:32")

@@ -29,6 +29,7 @@ def test_only_what_leaves_the_model_as_it_is_may_be_overridden() -> None:
         line = one_line(lambda name=name, may_change=may_change: with_overrides(base, {name: "1"}, may_change))
         assert f"--config.{name}" in line and "--config.mesh" in line
     one_line(lambda: with_overrides(base, {"task.text_column": "x"}, ("task.text",)))  # a beginning is no section
+    assert with_overrides(base, {"kv_cache": "int8"}, OF_FOUNDATION).kv_cache == "int8"
     assert with_overrides(base, {"train.compute_dtype": "bfloat16"}, OF_FOUNDATION).train.compute_dtype == "bfloat16"
 
 

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 
 from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.mesh import make_mesh
-from research.setup import batch_ways, make_setup, put_batch, require_batch_fits
+from research.quant.grid import GRIDS
+from research.setup import batch_ways, make_setup, put_batch, require_batch_fits, setup_of
 
 
 def test_a_setup_joins_padding_formats_and_activations() -> None:
@@ -34,6 +35,14 @@ def test_options_of_training_reach_the_model() -> None:
     train = TrainConfig(compute_dtype="bfloat16", rematerialize="dots", unroll=2)
     settings = make_setup(tiny.ARCHITECTURE, (), train, make_mesh(MeshConfig())).settings
     assert (settings.compute_dtype, settings.rematerialize, settings.unroll) == ("bfloat16", "dots", 2)
+
+
+def test_an_experiment_s_formats_reach_the_model_and_the_cache() -> None:
+    experiment = Experiment(quantization=tiny.W8A8, kv_cache="int8", train=TrainConfig(unroll=2))
+    setup = setup_of(experiment, tiny.ARCHITECTURE, make_mesh(MeshConfig()))
+    assert setup.formats and setup.settings.kv_grid == GRIDS["int8"] and setup.settings.unroll == 2
+    assert make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, make_mesh(MeshConfig())).settings.kv_grid is None
+    assert "kv_cache='int7'" in one_line(lambda: Experiment(kv_cache="int7"))
 
 
 @pytest.mark.parametrize(

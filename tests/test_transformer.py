@@ -17,6 +17,7 @@ from research.axes import AxisRules
 from research.config import Rule
 from research.model.layers import visible
 from research.model.transformer import causal
+from research.quant.grid import GRIDS
 
 FIXTURES = sorted(path.parent.name for path in tiny.FIXTURES.glob("*/config.json"))
 ROWS, LENGTH = 4, 6
@@ -64,9 +65,11 @@ def _train(model: tiny.Tiny, mesh: Mesh | None = None) -> tuple[np.ndarray, dict
 
 
 @lru_cache
-def _single(architecture: Architecture, rules: tuple[Rule, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _single(
+    architecture: Architecture, rules: tuple[Rule, ...], kv_cache: str = "float"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What others are compared with: logits and gradients of the unpadded model on one device."""
-    model = tiny.make(architecture, rules)
+    model = tiny.make(architecture, rules, kv_grid=GRIDS.get(kv_cache))
     logits_btv, gradients = _train(model)
     return logits_btv, model.unpad(gradients)
 
@@ -109,16 +112,40 @@ def test_logits_are_those_of_transformers_on_a_mesh(
     assert _relative(logits_btv, expected["logits_btv"]) < PARITY
 
 
-PADDED = [pytest.param(tiny.GQA_9_3, tiny.FLOAT, 1, marks=pytest.mark.slow), (tiny.GQA_10_2, tiny.W8A8, 2)]
+# What llama.cpp computes, in groups that a width of 24 and heads of 4 can have.
+GROUPED = (
+    Rule(match=".*/down_fd", weight="int8", activation="int8"),
+    Rule(match=".*", weight="int8", granularity="group:4", activation="int8:group:4"),
+)
 
 
-@pytest.mark.parametrize("architecture, rules, copies", PADDED, ids=["9/3 float", "10/2 w8a8"])
-def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...], copies: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_groups_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], mesh_of: Callable[..., Mesh]) -> None:
+    """Kv heads whole on each device, query heads split: the out-projection's blocks are added device by device."""
+    mesh = mesh_of(**sizes)
+    model = tiny.make(tiny.GQA_10_2, GROUPED, mesh)
+    logits_btv, gradients = _train(model, mesh)
+    expected_btv, expected_gradients = _single(tiny.GQA_10_2, GROUPED)
+    assert _relative(logits_btv, expected_btv) < PARITY
+    assert _worst(model.unpad(gradients), expected_gradients) < PARITY
+    np.testing.assert_array_equal(logits_btv, _logits(model, _tokens(), mesh))  # from codes alone
+
+
+PADDED = [
+    pytest.param(tiny.GQA_9_3, tiny.FLOAT, "float", 1, marks=pytest.mark.slow),
+    (tiny.GQA_10_2, tiny.W8A8, "float", 2),
+    pytest.param(tiny.GQA_9_3, tiny.W8A8, "int8", 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("architecture, rules, kv_cache, copies", PADDED, ids=["9/3 float", "10/2 w8a8", "9/3 w8a8kv8"])
+def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...], kv_cache: str, copies: int) -> None:
     """Laid out for four ways on one device: one more group of heads, or shared kv heads and a query more in a group."""
-    padded = tiny.make(architecture, rules, padded_for=4)
+    padded = tiny.make(architecture, rules, padded_for=4, kv_grid=GRIDS.get(kv_cache))
     assert padded.settings.heads.copies == copies and padded.settings.heads.overhead > 0
     logits_btv, gradients = _train(padded)
-    expected_btv, expected_gradients = _single(architecture, rules)
+    expected_btv, expected_gradients = _single(architecture, rules, kv_cache)
     assert np.abs(logits_btv - expected_btv).max() < 1e-6
     for path, parameter in padded.settings.table.items():
         outside = np.asarray(tiny.leaf(gradients, path))[~parameter.padding.mask()]

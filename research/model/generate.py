@@ -9,7 +9,6 @@ in a bucket, and rows of different lengths side by side.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -20,8 +19,10 @@ from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture
 from research.errors import UserError
-from research.model.layers import Cache, Settings, constrain, visible
+from research.model.layers import Cache, Settings, visible
+from research.model.seam import constrain, ways_of
 from research.model.transformer import Transformer
+from research.quant.kv_cache import keep
 
 SMALLEST_BUCKET = 32  # tokens
 
@@ -144,9 +145,7 @@ def _bucket(size: int) -> int:
 
 def _batch_ways(settings: Settings) -> int:
     """Return into how many pieces the mesh in context splits a batch."""
-    mesh_axes = settings.rules.activations.get("b") or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes.get(axis, 1) for axis in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
+    return ways_of(settings.rules.activations.get("b"))
 
 
 def _pad(prompts: Sequence[Sequence[int]], bucket: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +176,7 @@ def _prefill(
     last_btd = jnp.where((index_bt == length_b[:, None] - 1)[:, :, None], hidden_btd, 0)
     next_b = _draw(model, last_btd.sum(axis=1, keepdims=True), length_b, sampling, key)
     empty, later = (0, 0), (0, slots - t)
-    longer = jax.tree.map(lambda x_lbskh: jnp.pad(x_lbskh, (empty, empty, later, empty, empty)), cache)
+    longer: Any = jax.tree.map(lambda x_lbskh: jnp.pad(x_lbskh, (empty, empty, later, empty, empty)), cache)
     return next_b, _place_cache(model.settings, longer)
 
 
@@ -196,7 +195,7 @@ def _step(
     """Return the token after `token_b`, the `count`-th new one (from 0) of each row, and the cache with it in."""
     model: Transformer = nnx.merge(graph, weights)
     position_b, slot = length_b + count, bucket + count
-    index_s = jnp.arange(cache[0].shape[2], dtype=jnp.int32)
+    index_s = jnp.arange(jax.tree.leaves(cache)[0].shape[2], dtype=jnp.int32)
     padding_bs = (index_s[None, :] >= length_b[:, None]) & (index_s < bucket)[None, :]
     mask_b1s = visible(jnp.zeros((len(token_b), 1), jnp.int32), jnp.where(padding_bs, -1, 0), slot)
     hidden_b1d, written = model(token_b[:, None], position_b[:, None], mask_b1s, cache, slot)
@@ -204,11 +203,21 @@ def _step(
     return _draw(model, hidden_b1d, position_b + 1, sampling, key), _place_cache(model.settings, written)
 
 
+def cache_bytes_per_token(settings: Settings) -> int:
+    """Return the bytes that one token of one text takes in the cache, all layers, over all devices."""
+    cache = jax.eval_shape(lambda: _zeros(settings, 1, 1))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
 def _empty_cache(settings: Settings, b: int, s: int) -> Cache:
+    return _place_cache(settings, _zeros(settings, b, s))
+
+
+def _zeros(settings: Settings, b: int, s: int) -> Cache:
     architecture = settings.architecture
     shape = (architecture.layers, b, s, settings.heads.groups, architecture.head_width)
     empty_lbskh = jnp.zeros(shape, settings.compute_dtype)
-    return _place_cache(settings, (empty_lbskh, empty_lbskh))
+    return keep(settings.kv_grid, empty_lbskh), keep(settings.kv_grid, empty_lbskh)
 
 
 def _place_cache(settings: Settings, cache: Cache) -> Cache:

@@ -5,7 +5,7 @@ Shapes are told by axis letters (research/axes.py). Inside a layer the leading `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import einsum, explicit, whole
+from research.model.seam import constrain, einsum, explicit, whole
+from research.quant.grid import Grid
+from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
 from research.quant.nodes import Quantized, Weight, dense
 
-# Keys (rotated) and values of one layer, each [b, s, k, h]; k counts padding and copies.
-Cache = tuple[jax.Array, jax.Array]
+# Keys (rotated) and values of all layers, each [l, b, s, k, h]; k counts padding and copies.
+Cache = tuple[Kept, Kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class Settings:
     rules: AxisRules
     table: Mapping[str, Parameter]
     activations: Mapping[str, str]
+    kv_grid: Grid | None = None
     compute_dtype: str = "float32"
     rematerialize: str = "none"
     unroll: int = 1
@@ -63,18 +66,11 @@ class Settings:
 
     def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
-        spec, dtype = self.spec(subscripts.split("->")[1]), jnp.dtype(self.compute_dtype)
-        activation = self.activations.get(path, "none")
-        return constrain(einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec), spec)
-
-
-def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
-
-    On Explicit mesh axes nothing moves: an `x` of another sharding raises.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+        factors, result = subscripts.split("->")
+        spec, x_spec = self.spec(result), self.spec(factors.split(",")[0])
+        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
+        product = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec, x_spec=x_spec)
+        return constrain(product, spec)
 
 
 def weight(param: nnx.Param) -> Weight:
@@ -140,18 +136,19 @@ class Attention(nnx.Module):
         self.o_nhd = settings.param(f"{path}/o_nhd", rngs)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, start: jax.Array
+        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, slot: "Slot"
     ) -> tuple[jax.Array, Cache | None]:
-        """Return the attention output [b, t, d] and the cache with this call's keys and values written at `start`."""
+        """Return the attention output [b, t, d] and the cache with this call's keys and values written at `slot`."""
         product = self.settings.product
         q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", x_btd, self.q_dnh), rotation)
         k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", x_btd, self.k_dkh), rotation)
         v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", x_btd, self.v_dkh)
-        k_bskh, v_bskh = self._repeat(k_bskh), self._repeat(v_bskh)
-        if cache is not None:
-            k_bskh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_bskh, start, axis=1)
-            v_bskh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_bskh, start, axis=1)
-            cache = (k_bskh, v_bskh)
+        k_bskh, v_bskh, grid = self._repeat(k_bskh), self._repeat(v_bskh), self.settings.kv_grid
+        if cache is None:
+            k_bskh, v_bskh = keep_and_read_back(grid, k_bskh), keep_and_read_back(grid, v_bskh)
+        else:
+            cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
+            k_bskh, v_bskh = read(cache, slot.layer)
         out_btnh = self._drop_padding(attend(q_btnh, k_bskh, v_bskh, mask_bts))
         out_btnh = self.settings.constrain(out_btnh, "btnh")
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
@@ -171,6 +168,26 @@ class Attention(nnx.Module):
         if copies == 1:
             return x_bskh
         return constrain(jnp.repeat(x_bskh, copies, axis=2, out_sharding=explicit(spec)), spec)
+
+
+class Slot(NamedTuple):
+    """Where in the cache a call writes, int32 scalars."""
+
+    layer: jax.Array
+    start: jax.Array
+    """Index of its first token."""
+
+
+def write(cache: Cache, new: Cache, slot: Slot) -> Cache:
+    """Return the cache with the keys and values [b, t, k, h] of one layer in their slot, written in place in a loop."""
+    start = (slot.layer, 0, slot.start, 0, 0)
+    return jax.tree.map(lambda x_lbskh, x_btkh: jax.lax.dynamic_update_slice(x_lbskh, x_btkh[None], start), cache, new)
+
+
+def read(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the keys and values of one layer, [b, s, k, h] floats."""
+    keys, values = jax.tree.map(lambda x_lbskh: jax.lax.dynamic_index_in_dim(x_lbskh, layer, keepdims=False), cache)
+    return read_back(keys), read_back(values)
 
 
 def attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array) -> jax.Array:
@@ -214,10 +231,10 @@ class Block(nnx.Module):
         self.mlp = MLP(settings, f"{path}/mlp", rngs)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, start: jax.Array
+        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, slot: "Slot"
     ) -> tuple[jax.Array, Cache | None]:
         """Return the residual stream [b, t, d] after the layer, and its cache."""
-        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, mask_bts, cache, start)
+        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, mask_bts, cache, slot)
         x_btd = x_btd + attended_btd
         return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
 

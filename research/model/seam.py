@@ -2,17 +2,20 @@
 
 Where both sides are int8 the product is `(Σ codes_x · codes_w) · s_x · s_w`, the sum in int32, in training and in
 serving alike; so the numbers that are trained are the numbers that are served, bit for bit. With groups along the
-contraction there is one such product for each group, and they are added in float32.
+contraction, of the weight, the activation or both, there is one such product for each group, and they are added in
+float32, in order.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from research.quant.activations import dequantize_tokens, quantize_tokens
+from research.quant.activations import dequantize_tokens, group_size, quantize_groups, quantize_tokens
 from research.quant.nodes import Quantized, Weight, dense
 
 
@@ -24,15 +27,18 @@ def einsum(
     activation: str = "none",
     dtype: jnp.dtype | None = None,
     spec: PartitionSpec | None = None,
+    x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
-    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none", or
-    "int8" = symmetric per token. `spec`: sharding of the output; only Explicit mesh axes need it. The backward pass is
-    the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none",
+    "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token. `spec`, `x_spec`: sharding
+    of the output, which only Explicit mesh axes need, and of the activation, which groups need on any mesh. The
+    backward pass is the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
     """
-    product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), spec or PartitionSpec())
-    if activation == "int8" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
+    specs = spec or PartitionSpec(), x_spec or PartitionSpec()
+    product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), *specs, group_size(activation))
+    if activation != "none" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
         return _integer_product(product, x, w)
     x = x.astype(product.dtype) if activation == "none" else _fake_quantize(product, x)
     return _einsum(subscripts, x, dense(w).astype(product.dtype), product.spec)
@@ -41,6 +47,21 @@ def einsum(
 def explicit(spec: PartitionSpec) -> PartitionSpec | None:
     """Return `spec` where the axes of the mesh in context are Explicit, None where the compiler chooses."""
     return spec if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types else None
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
+
+    On Explicit mesh axes nothing moves: an `x` of another sharding raises.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def ways_of(entry: str | tuple[str, ...] | None) -> int:
+    """Return into how many pieces the mesh in context splits what a spec's entry says; 1 if there is none."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return prod(sizes.get(axis, 1) for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -65,6 +86,9 @@ class _Product:
     x_dtype: jnp.dtype
     dtype: jnp.dtype
     spec: PartitionSpec
+    x_spec: PartitionSpec
+    group: int
+    """Consecutive inputs that share a scale; 0: all of a token."""
 
     def __post_init__(self) -> None:
         if self.y != self.rows + self.columns:
@@ -100,11 +124,27 @@ class _Product:
         """Indices of the activation's axes that are summed over."""
         return tuple(index for index, axis in enumerate(self.x) if axis in self.w)
 
+    @property
+    def inner(self) -> str:
+        """Axes that are summed over, in the order of the weight."""
+        return "".join(axis for axis in self.w if axis in self.x)
+
+    def entry(self, axis: str) -> Any:
+        """Return the mesh axes over which an axis of the activation or of the output is split."""
+        entries = dict(zip(self.x, self.x_spec, strict=False)) | dict(zip(self.y, self.spec, strict=False))
+        return entries.get(axis)
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fake_quantize(product: _Product, x: jax.Array) -> jax.Array:
     """Round each token to its int8 grid; the gradient passes unchanged."""
-    return dequantize_tokens(*quantize_tokens(x, product.contracted), product.dtype)
+    return dequantize_tokens(*_quantize(product, x), product.dtype)
+
+
+def _quantize(product: _Product, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if product.group:
+        return quantize_groups(x, product.x.index(product.inner[-1]), product.group)
+    return quantize_tokens(x, product.contracted)
 
 
 _fake_quantize.defvjp(
@@ -115,44 +155,96 @@ _fake_quantize.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _integer_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
-    return _forward(product, *quantize_tokens(x, product.contracted), w)
+    return _forward(product, *_quantize(product, x), w)
 
 
 def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
-    """Integer sums, then · s_x, then · s_w, then the sum over groups, in float32; one cast at the end.
+    """Integer sums, then · s_x, then · s_w, in float32; one cast at the end."""
+    assert w.scale is not None
+    blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
+    if blocks > 1:
+        return _sum_over_blocks(product, blocks, x_codes, x_scale, w).astype(product.dtype)
+    sums = _einsum(product.subscripts, x_codes, w.codes, product.spec, "int32").astype(jnp.float32)
+    # the contracted axes of both scales have size 1: there is nothing to sum
+    s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
+    s_x, s_w = _beside(product, x_scale.squeeze(product.contracted), s_w)
+    return (sums * s_x * s_w).astype(product.dtype)
 
-    A contracted axis with several scales is split into (groups, within a group); its upper-case letter is its groups.
+
+def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
+    """Return Σ over blocks of f32(Σ codes_x · codes_w) · (s_x · s_w), float32, one block added after the other.
+
+    A device adds the blocks that it holds, and where the mesh splits the contraction the devices' sums are added last.
+    It is a loop, because the sums of all blocks at once take many times the memory of the output, and more time.
     """
     assert w.scale is not None
-    rows, columns = product.rows, product.columns
-    blocks = {axis: n for axis, n in zip(product.w, w.scale.shape, strict=True) if axis in product.x and n > 1}
-    groups = "".join(blocks).upper()
-    x_axes, x_codes = _split(product.x, x_codes, blocks)
-    w_axes, w_codes = _split(product.w, w.codes, blocks)
-    spec = PartitionSpec(*[None] * len(groups), *product.spec)
-    sums = _einsum(f"{x_axes},{w_axes}->{groups}{rows}{columns}", x_codes, w_codes, spec, "int32")
-    # the scales' axes over which there is nothing to sum have size 1
-    s_x = x_scale.squeeze(product.contracted)
-    s_w = jnp.einsum(f"{_upper(product.w, groups)}->{groups}{columns}", whole(w.scale.astype(jnp.float32)))
-    s_x = jnp.expand_dims(s_x, [*range(len(groups)), *range(-len(columns), 0)])
-    s_w = jnp.expand_dims(s_w, [*range(len(groups), len(groups) + len(rows))])
-    return (sums.astype(jnp.float32) * s_x * s_w).sum(axis=tuple(range(len(groups)))).astype(product.dtype)
+    way = product.entry(product.inner[0])
+    ways = ways_of(way)
+    split = partial(_split, product, ways, blocks)
+    factors = split(product.x, x_codes), split(product.w, w.codes)
+    scales = split(product.x, x_scale), split(product.w, w.scale)
+    spec = PartitionSpec(way, *(product.entry(axis) for axis in product.y))
+
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        (x_axes, x), (w_axes, w) = (_take(number, *factor) for factor in factors)
+        sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w, spec, "int32").astype(jnp.float32)
+        (x_axes, s_x), (w_axes, s_w) = (_take(number, *scale) for scale in scales)
+        s_x = jnp.einsum(f"{x_axes}->{WAY}{product.rows}", s_x.astype(jnp.float32))
+        s_w = jnp.einsum(f"{w_axes}->{WAY}{product.columns}", s_w.astype(jnp.float32))
+        s_x, s_w = _beside(product, s_x, s_w)
+        term = sums * (s_x * s_w)
+        # A selection, lest the compiler fuse product and sum into one rounding in one program and not in the next.
+        return total + jnp.where(term == 0, 0.0, term)
+
+    sizes = dict(zip(product.x, x_codes.shape, strict=True)) | dict(zip(product.w, w.codes.shape, strict=True))
+    nothing = jnp.zeros((ways, *(sizes[axis] for axis in product.y)), jnp.float32)
+    return jax.lax.fori_loop(0, blocks // ways, add, constrain(nothing, spec)).sum(axis=0)
 
 
-def _split(axes: str, codes: jax.Array, blocks: dict[str, int]) -> tuple[str, jax.Array]:
-    """Return the axes' new letters and `codes` with each axis in `blocks` split into (its number of blocks, within)."""
-    shape: list[int] = []
-    for axis, size in zip(axes, codes.shape, strict=True):
-        shape += (blocks[axis], size // blocks[axis]) if axis in blocks else (size,)
-    return "".join(axis.upper() + axis if axis in blocks else axis for axis in axes), codes.reshape(shape)
+# Axes that the contracted ones are split into; in capitals, because they are in no alphabet of a model.
+WAY, BLOCK, MEMBER = "W", "B", "M"
 
 
-def _upper(axes: str, groups: str) -> str:
-    return "".join(axis.upper() if axis.upper() in groups else axis for axis in axes)
+def _split(product: _Product, ways: int, blocks: int, axes: str, array: jax.Array) -> tuple[str, jax.Array]:
+    """Return the contracted axes of codes as (way, block, member), those of scales as (way, block), and the letters.
+
+    Scales that all blocks share are repeated.
+    """
+    first, last = axes.index(product.inner[0]), axes.index(product.inner[-1]) + 1
+    if axes[first:last] != product.inner:
+        raise ValueError(
+            f"einsum {product.subscripts!r}: with groups, {product.inner!r} must be neighbours in {axes!r}"
+        )
+    before, size, after = array.shape[:first], prod(array.shape[first:last]), array.shape[last:]
+    new = WAY + BLOCK + (MEMBER if size > blocks else "")
+    if size == 1:
+        array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), (*before, ways, blocks // ways, *after))
+    else:
+        members = (size // blocks,) if size > blocks else ()
+        array = array.reshape(*before, ways, blocks // ways, *members, *after)
+    letters = axes[:first] + new + axes[last:]
+    entry = {WAY: product.entry(product.inner[0]), BLOCK: None, MEMBER: None}
+    return letters, constrain(array, PartitionSpec(*(entry.get(x, product.entry(x)) for x in letters)))
+
+
+def _take(number: jax.Array, axes: str, array: jax.Array) -> tuple[str, jax.Array]:
+    return axes.replace(BLOCK, ""), jax.lax.dynamic_index_in_dim(array, number, axes.index(BLOCK), keepdims=False)
+
+
+def _blocks(product: _Product, axes: str, scale: jax.Array) -> int:
+    """Return how many scales there are along the contraction."""
+    return prod(size for axis, size in zip(axes, scale.shape, strict=True) if axis in product.inner)
+
+
+def _beside(product: _Product, s_x: jax.Array, s_w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return both scales with axes of size 1, so that they broadcast against [(way,) rows, columns]."""
+    rows, columns = len(product.rows), len(product.columns)
+    lead = s_x.ndim - rows
+    return jnp.expand_dims(s_x, [*range(-columns, 0)]), jnp.expand_dims(s_w, [*range(lead, lead + rows)])
 
 
 def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized):
-    x_codes, x_scale = quantize_tokens(x, product.contracted)
+    x_codes, x_scale = _quantize(product, x)
     # eight bits a residual instead of the thirty-two of the float activation
     return _forward(product, x_codes, x_scale, w), (x_codes, x_scale, w)
 

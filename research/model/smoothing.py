@@ -17,7 +17,7 @@ from flax import nnx
 
 from research.architecture import Architecture
 from research.model.folding import FloatModel
-from research.model.layers import Settings, make_rotation, visible
+from research.model.layers import Settings, Slot, make_rotation, visible
 from research.model.parameters import TABLE, Parameter
 from research.model.transformer import Transformer, graph_of
 from research.padding import Padding
@@ -139,7 +139,7 @@ def input_maxima(
     rotation, mask_bts = make_rotation(settings.architecture, position_bt), visible(branch_bt, branch_bt)
 
     def layer(x_btd: jax.Array, weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, None, jnp.int32(0))
+        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, None, Slot(jnp.int32(0), jnp.int32(0)))
         return settings.constrain(x_btd, "btd"), dict(seen)
 
     return jax.lax.scan(layer, model.embed(tokens_bt), nnx.as_pure(layers))[1]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from research.architecture import Architecture
 from research.axes import AxisRules
-from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, make_rotation, visible
+from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation, visible
 from research.model.parameters import parameter_table, plan_heads
 from research.quant.policy import Policy
 
@@ -43,15 +43,16 @@ class Transformer(nnx.Module):
         graph, weights = nnx.split(self.layers)
         start = jnp.asarray(start, jnp.int32)
 
-        def layer(x_btd: jax.Array, scanned: tuple[Any, Cache | None]):
-            weights, cache = scanned
-            x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, cache, start)
-            return settings.constrain(x_btd, "btd"), cache
+        # The cache is carried, not scanned over: what is scanned over is copied, and a step writes one token of it.
+        def layer(carry: tuple[jax.Array, Cache | None], scanned: tuple[Any, jax.Array]):
+            (x_btd, cache), (weights, index) = carry, scanned
+            x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, cache, Slot(index, start))
+            return (settings.constrain(x_btd, "btd"), cache), None
 
-        x_btd, cache = jax.lax.scan(
+        (x_btd, cache), _ = jax.lax.scan(
             _rematerialize(layer, settings.rematerialize),
-            self.embed(tokens_bt),
-            (nnx.as_pure(weights), cache),
+            (self.embed(tokens_bt), cache),
+            (nnx.as_pure(weights), jnp.arange(settings.architecture.layers, dtype=jnp.int32)),
             unroll=settings.unroll,
         )
         return self.norm(x_btd), cache

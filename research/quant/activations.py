@@ -1,12 +1,17 @@
-"""Dynamic int8 activations: one symmetric scale per token, taken from the token itself.
+"""Dynamic int8 activations: one symmetric scale per token, or per group of a token, taken from the values themselves.
 
 The order of operations is the contract (docs/decisions/0001-numerics.md), all of it in float32: the absolute maximum
 over the contracted axes, scale = absmax · (1 / 127), codes = round-half-even(x · (127 / absmax)). A token of zeros has
-codes 0; one with a NaN or an infinity has a scale that is not finite.
+codes 0; one with a NaN or an infinity has a scale that is not finite. Groups are the blocks that llama.cpp makes of
+activations when it runs (Q8_0, ggml-quants.c): their codes come from that scale, and then it is rounded to float16.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
+
+from research.quant.grid import spread
 
 LARGEST_CODE = 127
 # Below this an activation is zero: 127 / absmax must stay finite in float32.
@@ -25,6 +30,22 @@ def quantize_tokens(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax
     return codes.astype(jnp.int8), absmax * (1 / LARGEST_CODE)
 
 
+def quantize_groups(x: jax.Array, axis: int, group: int) -> tuple[jax.Array, jax.Array]:
+    """Return codes, int8 of the shape of `x`, and scales, float16 with size n / `group` along `axis`, of size n.
+
+    x ≈ codes · scale, each scale for `group` consecutive elements.
+    """
+    blocks = x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :])
+    codes, scale = quantize_tokens(blocks, (axis + 1,))
+    return codes.reshape(x.shape), scale.squeeze(axis + 1).astype(jnp.float16)
+
+
+def group_size(activation: str) -> int:
+    """Return how many consecutive inputs share a scale: 32 of "int8:group:32", 0 (the whole token) of "int8"."""
+    found = re.fullmatch(r"int8:group:(\d+)", activation)
+    return int(found.group(1)) if found else 0
+
+
 def dequantize_tokens(codes: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return the activations that codes and scales stand for, in `dtype`."""
-    return (codes.astype(jnp.float32) * scale).astype(dtype)
+    return (codes.astype(jnp.float32) * spread(scale.astype(jnp.float32), codes.shape)).astype(dtype)

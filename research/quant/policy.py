@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from research.config import Rule
 from research.errors import UserError, nearest
+from research.quant.activations import group_size
 from research.quant.grid import GRIDS, SCALES, Grid, Shape
 
-ACTIVATIONS = ("none", "int8")
+ACTIVATIONS = ("none", "int8", "int8:group:32")
 STACKED = "le"
 """Letters of axes that stack whole tensors, layers and experts: they never share a scale."""
 
@@ -79,7 +80,10 @@ class Policy:
         formats = {}
         for path, rule in matched.items():
             grid, leaf = GRIDS[rule.weight], _leaf(path, shapes[path], rule, self.leaves.get(path))
-            if grid.is_identity or not _is_matrix(leaf, shapes[path]):
+            if not _is_matrix(leaf, shapes[path]):
+                continue
+            _check_activation(path, shapes[path], leaf, rule)
+            if grid.is_identity:
                 continue
             if grid.is_scaled:
                 leaf = _known(leaf, path, shapes[path])
@@ -92,7 +96,7 @@ class Policy:
         return formats
 
     def activation(self, path: str) -> str:
-        """Return the grid of the activation that the weight at `path` multiplies: "none" or "int8"."""
+        """Return the grid of the activation that the weight at `path` multiplies, as in `Rule.activation`."""
         rule = self.rule(path)
         return rule.activation if rule else "none"
 
@@ -117,7 +121,8 @@ def _check(rule: Rule) -> None:
                 f"quantization rule {rule.match!r}: earlier={rule.earlier!r} leads from int8 codes to int8 codes, and"
                 f" {name} has none; take int8, int4, int3, int2, ternary or q4_0"
             )
-    if rule.activation not in ACTIVATIONS:
+    group = group_size(rule.activation)
+    if rule.activation not in ACTIVATIONS and not group:
         raise UserError(
             f"quantization rule {rule.match!r}: activation={rule.activation!r} is no grid of activations"
             + nearest(rule.activation, ACTIVATIONS)
@@ -129,6 +134,12 @@ def _check(rule: Rule) -> None:
     if not re.fullmatch(r"tensor|channel|group:[1-9]\d*", rule.granularity):
         raise UserError(
             f"quantization rule {rule.match!r}: granularity={rule.granularity!r}; give tensor, channel or group:32"
+        )
+    weight_group = _group(rule.granularity) if rule.granularity.startswith("group:") else 0
+    if group and weight_group and group != weight_group:
+        raise UserError(
+            f"quantization rule {rule.match!r}: activation={rule.activation!r} with granularity={rule.granularity!r};"
+            " give both groups one size, or granularity='channel'"
         )
     calibration = GRIDS[rule.weight].calibration
     if rule.learn_scale and calibration not in ("absmax", "absmean"):
@@ -201,16 +212,28 @@ def _scale_shape(path: str, shape: Shape, leaf: Leaf, granularity: str) -> Shape
     if granularity == "channel":
         return tuple(1 if letter in leaf.contract else size for letter, size in zip(leaf.axes, shape, strict=True))
     group = _group(granularity)
+    innermost = _grouped_axis(path, shape, leaf, group, f"granularity={granularity!r}")
+    return tuple(size // group if axis == innermost else size for axis, size in enumerate(shape))
+
+
+def _check_activation(path: str, shape: Shape, leaf: Leaf | None, rule: Rule) -> None:
+    group = group_size(rule.activation)
+    if group:
+        _grouped_axis(path, shape, _known(leaf, path, shape), group, f"activation={rule.activation!r}")
+
+
+def _grouped_axis(path: str, shape: Shape, leaf: Leaf, group: int, what: str) -> int:
+    """Return the innermost contracted axis; `UserError` that names valid sizes if groups don't divide it or a shard."""
     innermost = max(leaf.axes.index(letter) for letter in leaf.contract)
     whole = shape[innermost] // leaf.shards[innermost]
-    for size, what in ((leaf.logical[innermost], "axis"), (whole, "shard")):
+    for size, part in ((leaf.logical[innermost], "axis"), (whole, "shard")):
         if size % group:
             valid = [str(g) for g in range(2, 257) if leaf.logical[innermost] % g == 0 and whole % g == 0]
             raise UserError(
-                f"{path}: granularity={granularity!r} doesn't divide the {what} {leaf.axes[innermost]!r} of {size};"
+                f"{path}: {what} doesn't divide the {part} {leaf.axes[innermost]!r} of {size};"
                 f" valid group sizes: {', '.join(valid) or 'none'}"
             )
-    return tuple(size // group if axis == innermost else size for axis, size in enumerate(shape))
+    return innermost
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,34 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from research.config import Experiment
+from research.model.generate import cache_bytes_per_token
 from research.model.layers import tree_of
 from research.model.placement import abstract
 from research.quant.optimizer import find
 from research.quant.policy import coverage
-from research.report import coverage_rows, describe_padding, render_coverage, render_memory, say
+from research.report import coverage_rows, describe_cache, describe_padding, render_coverage, render_memory, say
 from research.setup import Setup
 from research.train.step import make_optimizer, start_state
 
 
 def describe_setup(setup: Setup, console: Console, *, table: bool) -> None:
-    """Say how the model is padded, and, if asked, show which parameter gets which format and why."""
+    """Say how the model is padded, and, if asked, show which parameter gets which format and why.
+
+    The cache of keys and values is told of if it is quantized, or if asked.
+    """
     say(console, "Padding", describe_padding(setup.table))
+    if table or setup.settings.kv_grid is not None:
+        say_cache(setup, console)
     if table:
         logical = {path: jax.ShapeDtypeStruct(p.padding.logical, jnp.float32) for path, p in setup.table.items()}
         console.print(render_coverage(coverage_rows(coverage(setup.policy, tree_of(logical)), setup.table)))
+
+
+def say_cache(setup: Setup, console: Console) -> None:
+    """Say how keys and values are kept, and how many bytes a token takes."""
+    settings = setup.settings
+    size = cache_bytes_per_token(settings)
+    say(console, "KV cache", describe_cache(settings.kv_grid, settings.compute_dtype, size))
 
 
 def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[str, int]:

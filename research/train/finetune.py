@@ -34,7 +34,7 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
-from research.setup import Setup, make_setup, require_batch_fits
+from research.setup import Setup, make_setup, require_batch_fits, setup_of
 from research.tasks.batches import training_batches
 from research.tasks.scores import score_labels, score_majority
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
@@ -84,9 +84,8 @@ class Job:
     @property
     def forward_name(self) -> str:
         """What the training forward is called in the table: "w8a8", "fp16 weights", "float"."""
-        names = {
-            "w8a8" if (r.weight, r.activation) == ("int8", "int8") else r.weight for r in self.experiment.quantization
-        }
+        rules = self.experiment.quantization
+        names = {"w8a8" if r.weight == "int8" and r.activation.startswith("int8") else r.weight for r in rules}
         return " + ".join(sorted(names)) or "float"
 
 
@@ -111,7 +110,7 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     start = rotate_foundation(foundation, experiment.fold, lambda line: say(console, "Fold", line))
     examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
-    setup = make_setup(start.architecture, experiment.quantization, experiment.train, mesh)
+    setup = setup_of(experiment, start.architecture, mesh)
     return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 

@@ -20,7 +20,7 @@ from research.model.placement import unplace
 from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import path_of
 from research.run_folder import CHECKPOINTS
-from research.setup import Setup, make_setup
+from research.setup import Setup, setup_of
 from research.tokenizer import Tokenizer
 from research.train.checkpoint import newest_whole, read_metadata, verify
 from research.train.export import place_export
@@ -97,7 +97,7 @@ def open_checkpoint(path: Path) -> ModelSource | None:
         return None
     opened = open_trained(path)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    setup = make_setup(opened.architecture, opened.experiment.quantization, opened.experiment.train, mesh)
+    setup = setup_of(opened.experiment, opened.architecture, mesh)
     with jax.set_mesh(mesh):  # whatever mesh the run to come has set
         weights = opened.weights(setup)
     leaves = {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_encoded)}

@@ -16,7 +16,7 @@ from research.foundation import load_foundation
 from research.mesh import describe, make_mesh, prepare_devices
 from research.model.placement import place_float
 from research.report import say
-from research.setup import Setup, make_setup
+from research.setup import Setup, make_setup, setup_of
 from research.tokenizer import Tokenizer
 from research.train.open_run import Opened, open_checkpoint
 from research.train.state import serving_weights
@@ -52,14 +52,14 @@ def serving(source: Opened | str, experiment: Experiment, console: Console) -> I
 
 def serve_trained(opened: Opened, experiment: Experiment, mesh: Mesh) -> Served:
     """Return a trained model on a mesh, from codes and scales; `experiment` may differ from its own in the mesh."""
-    setup = make_setup(opened.architecture, experiment.quantization, experiment.train, mesh)
+    setup = setup_of(experiment, opened.architecture, mesh)
     return Served(str(opened.path), setup, serving_weights(opened.weights(setup)), opened.tokenizer)
 
 
 def serve_foundation(name: str, experiment: Experiment, mesh: Mesh, report: Callable[[str], None]) -> Served:
-    """Return an untouched foundation on a mesh, float32 weights."""
+    """Return an untouched foundation on a mesh, float32 weights; only its cache is what the experiment says."""
     foundation = load_foundation(name, report=report, open_checkpoint=open_checkpoint)
-    setup = make_setup(foundation.architecture, (), experiment.train, mesh)
+    setup = make_setup(foundation.architecture, (), experiment.train, mesh, kv_cache=experiment.kv_cache)
     weights = place_float(foundation.read, setup.table, mesh)
     return Served(f"{foundation.name} ({foundation.source})", setup, weights, foundation.tokenizer)
 
@@ -67,7 +67,7 @@ def serve_foundation(name: str, experiment: Experiment, mesh: Mesh, report: Call
 # What may be changed of an experiment where a model is only used; other fields would change the model, or nothing.
 TO_GENERATE = ("mesh", "train.unroll")
 TO_EVALUATE = (*TO_GENERATE, "train.loss_chunk", "evaluation", "task.test_examples")
-OF_FOUNDATION = ("train.compute_dtype",)
+OF_FOUNDATION = ("train.compute_dtype", "kv_cache")
 
 
 def with_overrides(experiment: Experiment, overrides: dict[str, str], may_change: Sequence[str]) -> Experiment:
