@@ -21,6 +21,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
 }
 """The dtypes that we read and write, by their names in the file."""
 

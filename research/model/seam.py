@@ -164,7 +164,8 @@ def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quant
     blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
     if blocks > 1:
         return _sum_over_blocks(product, blocks, x_codes, x_scale, w).astype(product.dtype)
-    sums = _einsum(product.subscripts, x_codes, w.codes, product.spec, "int32").astype(jnp.float32)
+    w_codes = w.codes.astype(jnp.int8)  # no backend multiplies what it holds in four bits
+    sums = _einsum(product.subscripts, x_codes, w_codes, product.spec, "int32").astype(jnp.float32)
     # the contracted axes of both scales have size 1: there is nothing to sum
     s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
     s_x, s_w = _beside(product, x_scale.squeeze(product.contracted), s_w)
@@ -187,7 +188,7 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
         (x_axes, x), (w_axes, w) = (_take(number, *factor) for factor in factors)
-        sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w, spec, "int32").astype(jnp.float32)
+        sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w.astype(jnp.int8), spec, "int32").astype(jnp.float32)
         (x_axes, s_x), (w_axes, s_w) = (_take(number, *scale) for scale in scales)
         s_x = jnp.einsum(f"{x_axes}->{WAY}{product.rows}", s_x.astype(jnp.float32))
         s_w = jnp.einsum(f"{w_axes}->{WAY}{product.columns}", s_w.astype(jnp.float32))
