@@ -121,10 +121,10 @@ GROUPED = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
-def test_groups_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], mesh_of: Callable[..., Mesh]) -> None:
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_groups_on_a_mesh_are_those_of_one_device(axis_type: AxisType, mesh_of: Callable[..., Mesh]) -> None:
     """Kv heads whole on each device, query heads split: the out-projection's blocks are added device by device."""
-    mesh = mesh_of(**sizes)
+    mesh = mesh_of(axis_type, fsdp=2, tensor=4)
     model = tiny.make(tiny.GQA_10_2, GROUPED, mesh)
     logits_btv, gradients = _train(model, mesh)
     expected_btv, expected_gradients = _single(tiny.GQA_10_2, GROUPED)

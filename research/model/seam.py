@@ -199,7 +199,7 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
 
     sizes = dict(zip(product.x, x_codes.shape, strict=True)) | dict(zip(product.w, w.codes.shape, strict=True))
     nothing = jnp.zeros((ways, *(sizes[axis] for axis in product.y)), jnp.float32)
-    return jax.lax.fori_loop(0, blocks // ways, add, constrain(nothing, spec)).sum(axis=0)
+    return jax.lax.fori_loop(0, blocks // ways, add, _place(nothing, spec)).sum(axis=0)
 
 
 # Axes that the contracted ones are split into; in capitals, because they are in no alphabet of a model.
@@ -217,15 +217,21 @@ def _split(product: _Product, ways: int, blocks: int, axes: str, array: jax.Arra
             f"einsum {product.subscripts!r}: with groups, {product.inner!r} must be neighbours in {axes!r}"
         )
     before, size, after = array.shape[:first], prod(array.shape[first:last]), array.shape[last:]
-    new = WAY + BLOCK + (MEMBER if size > blocks else "")
-    if size == 1:
-        array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), (*before, ways, blocks // ways, *after))
-    else:
-        members = (size // blocks,) if size > blocks else ()
-        array = array.reshape(*before, ways, blocks // ways, *members, *after)
-    letters = axes[:first] + new + axes[last:]
+    members = (size // blocks,) if size > blocks else ()
+    letters = axes[:first] + WAY + BLOCK + (MEMBER if members else "") + axes[last:]
     entry = {WAY: product.entry(product.inner[0]), BLOCK: None, MEMBER: None}
-    return letters, constrain(array, PartitionSpec(*(entry.get(x, product.entry(x)) for x in letters)))
+    spec = PartitionSpec(*(entry.get(letter, product.entry(letter)) for letter in letters))
+    shape = (*before, ways, blocks // ways, *members, *after)
+    if size == 1:
+        array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), shape)
+    else:
+        array = jax.lax.reshape(array, shape, out_sharding=explicit(spec))
+    return letters, _place(array, spec)
+
+
+def _place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
+    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
 
 
 def _take(number: jax.Array, axes: str, array: jax.Array) -> tuple[str, jax.Array]:
