@@ -13,6 +13,7 @@ from rich.console import Console
 
 from research.config import Experiment, TaskConfig
 from research.errors import UserError
+from research.model.placement import array_bytes
 from research.progress import Progress
 from research.report import render_results, say
 from research.results import ModelResult
@@ -144,7 +145,7 @@ def evaluate_task(served: Served, experiment: Experiment, console: Console) -> d
     logp_ey = score_test("Scoring", served.setup, score, served.weights, examples, evaluation.batch_size, console)
     test = examples.splits["test"]
     scores = score_labels(logp_ey, test.gold_e, test.answer_tokens_y, evaluation.bootstrap_samples)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(served.weights))
+    size = sum(map(array_bytes, jax.tree.leaves(served.weights)))
     console.print(render_results([("this model", ModelResult.of(scores, size))], len(test.prompts)))
     return {
         "loss": scores.loss.value,

@@ -54,7 +54,16 @@ def logical(encoded: object, setup: Setup) -> dict[str, bytes]:
     return {key: bits(layout(key, leaf.shape, setup.table).padding.unpad(leaf)) for key, leaf in keyed.items()}
 
 
-@pytest.mark.parametrize("rules", (tiny.W8A8, GROUPS), ids=("w8a8", "groups"))
+FOUR_BITS = (
+    Rule(match="layers/attention/.*", weight="q4_0", granularity="group:4", activation="int8:group:4"),
+    Rule(match=".*", weight="int4", activation="int8"),
+)
+
+
+EXPORTED = tiny.W8A8, GROUPS, pytest.param(FOUR_BITS, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rules", EXPORTED, ids=("w8a8", "groups", "four bits"))
 def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     run = tiny.start(rules, tensor=4)
     setup, encoded = run.setup, encoded_weights(run.state)

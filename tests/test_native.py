@@ -112,6 +112,35 @@ def any_finite(data: st.DataObject, dtype: type | np.dtype, shape: tuple[int, ..
     return np.where(np.isfinite(values), values, np.zeros_like(values))
 
 
+@pytest.mark.parametrize("form, smallest", [("int4/channel", -7), ("q4_0/group:2", -8), ("ternary/tensor", -1)])
+def test_codes_of_four_bits_take_half_a_byte(tmp_path, form, smallest):
+    """In the file; there may be an odd number of them."""
+    odd = Architecture(
+        vocabulary=3, width=5, layers=1, query_heads=1, kv_heads=1, head_width=2, feed_forward=3, context=8
+    )
+    leaves: dict[str, native.Leaf] = {name: np.zeros(shape, np.float32) for name, shape in leaf_shapes(odd).items()}
+    path = "embed/table_vd"
+    codes = np.random.default_rng(0).integers(smallest, 1 - smallest if smallest > -8 else 8, (3, 5), np.int8)
+    codes[0, :2] = smallest, -smallest if smallest > -8 else 7
+    leaves[path] = StoredLeaf(codes, np.ones((3, 1), np.float16), form)
+    native.write(tmp_path / "export", leaves, odd, TOKENIZER, {})
+    assert same_leaf(native.read(tmp_path / "export").leaves[path], leaves[path])
+    nibbles = load_file(tmp_path / "export" / "model.safetensors")[f"{path}.nibbles"]
+    assert nibbles.dtype == np.uint8 and nibbles.shape == (8,)
+    assert nibbles[0] == (smallest & 15) | (int(codes[0, 1]) & 15) << 4
+    leaves[path] = StoredLeaf(codes + np.int8(9), np.ones((3, 1), np.float16), form)
+    with pytest.raises(ValueError, match="don't fit in four bits"):
+        native.write(tmp_path / "other", leaves, odd, TOKENIZER, {})
+
+
+def test_exports_of_version_1_are_read(export):
+    """They had a byte for each code."""
+    config = json.loads((export / "config.json").read_text())
+    config["tensors"][Q]["format"] = "int4/channel"
+    sign(export, config | {"version": 1})
+    assert same_leaf(native.read(export).leaves[Q], StoredLeaf(LEAVES[Q].codes, LEAVES[Q].scale, "int4/channel"))
+
+
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(data=st.data())
 def test_any_bits_survive(tmp_path_factory, data):
@@ -221,8 +250,8 @@ def test_a_flipped_bit_a_cut_and_a_loss_are_named(export, name):
 
 def test_other_versions_and_formats_are_named(export):
     config = json.loads((export / "config.json").read_text())
-    (export / "config.json").write_text(json.dumps(config | {"version": 2}))
-    with pytest.raises(UserError, match="version=2; this program reads version 1, update it"):
+    (export / "config.json").write_text(json.dumps(config | {"version": 3}))
+    with pytest.raises(UserError, match="version=3; this program reads versions up to 2, update it"):
         native.read(export)
     (export / "config.json").write_text(json.dumps(config | {"format": "other"}))
     with pytest.raises(UserError, match="format='other' is not 'research-quantized'"):

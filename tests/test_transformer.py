@@ -16,6 +16,7 @@ from research.architecture import Architecture
 from research.axes import AxisRules
 from research.config import Rule
 from research.model.layers import visible
+from research.model.placement import array_bytes, bytes_per_device
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
 
@@ -120,10 +121,10 @@ GROUPED = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
-def test_groups_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], mesh_of: Callable[..., Mesh]) -> None:
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_groups_on_a_mesh_are_those_of_one_device(axis_type: AxisType, mesh_of: Callable[..., Mesh]) -> None:
     """Kv heads whole on each device, query heads split: the out-projection's blocks are added device by device."""
-    mesh = mesh_of(**sizes)
+    mesh = mesh_of(axis_type, fsdp=2, tensor=4)
     model = tiny.make(tiny.GQA_10_2, GROUPED, mesh)
     logits_btv, gradients = _train(model, mesh)
     expected_btv, expected_gradients = _single(tiny.GQA_10_2, GROUPED)
@@ -255,6 +256,30 @@ def test_training_and_serving_compute_the_same_bits_on_four_devices(mesh_of: Cal
     mesh = mesh_of(tensor=4)
     model = tiny.make(tiny.GQA_9_3, tiny.W8A8, mesh, rematerialize="full")
     np.testing.assert_array_equal(_train(model, mesh)[0], _logits(model, _tokens(), mesh))
+
+
+FOUR_BITS = (
+    Rule(match=".*/down_fd", weight="ternary"),
+    Rule(match=".*attention.*", weight="q4_0", granularity="group:4", activation="int8:group:4"),
+    Rule(match=".*", weight="int4", activation="int8"),
+)
+
+
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow)], ids=str)
+def test_codes_of_four_bits_take_half_a_byte_and_change_nothing(
+    sizes: dict[str, int], mesh_of: Callable[..., Mesh]
+) -> None:
+    mesh = mesh_of(**sizes) if sizes else None
+    model = tiny.make(tiny.GQA_10_2, FOUR_BITS, mesh)
+    with tiny.on(mesh):
+        forward = jax.jit(lambda weights, tokens_bt: causal(model.model(weights), tokens_bt))
+        tokens_bt, served = _put(_tokens(), mesh), model.served
+        np.testing.assert_array_equal(forward(served, tokens_bt), forward(model.view(model.params), tokens_bt))
+        taken = forward.lower(served, tokens_bt).compile().memory_analysis().argument_size_in_bytes
+    # of the program that reads them: what arrays say of their own size counts whole bytes
+    assert bytes_per_device(served) == taken - bytes_per_device(tokens_bt)
+    codes = [leaf for leaf in jax.tree.leaves(served) if leaf.dtype == jnp.int4]
+    assert len(codes) == 8 and sum(map(array_bytes, codes)) == sum(leaf.size for leaf in codes) // 2
 
 
 @pytest.mark.slow

@@ -2,15 +2,18 @@
 
 Nothing is computed anew on the way to the file or back: the codes and scales that the optimizer held come back bit for
 bit. A leaf `path` is stored as `path.codes` (int8 or an 8-bit float, or the 16-bit float of a grid that is a cast) and
-`path.scale` (fp16), or as `path` where it has no codes. config.json beside it says how to read them and carries a
-SHA-256 of every file, itself included; opening an export verifies all of them, because a flipped byte in a weight is
-silent otherwise.
+`path.scale` (fp16), or as `path` where it has no codes. Codes of a grid within -8 … 7 are `path.nibbles` instead: uint8 with one
+axis, code 2i in the low four bits of byte i, code 2i + 1 in the high ones, two's complement, in C order.
+
+config.json beside it says how to read them and carries a SHA-256 of every file, itself included; opening an export
+verifies all of them, because a flipped byte in a weight is silent otherwise.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,12 @@ from research.formats.huggingface_config import read_json
 from research.formats.model_source import ModelSource, leaf_shapes
 from research.formats.new_directory import new_directory
 from research.formats.safetensors_file import TensorSpec, by_alignment, list_tensors, read_tensor, write_tensors
+from research.quant.grid import GRIDS
 from research.tokenizer import Tokenizer
 
 FORMAT = "research-quantized"
-VERSION = 1
+VERSION = 2
+"""1 had no nibbles."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CAST_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -59,15 +64,20 @@ class StoredLeaves(Mapping[str, Leaf]):
     file: Path
     formats: Mapping[str, str | None] = field(repr=False)
     """Path → format of a quantized leaf, None for one without codes."""
-    scaled: frozenset[str] = field(repr=False)
-    """Paths of the leaves that have a scale."""
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    names: frozenset[str] = field(repr=False)
+    """Tensors in the file."""
 
     def __getitem__(self, path: str) -> Leaf:
         form = self.formats[path]
         if form is None:
             return read_tensor(self.file, path)
-        scale = read_tensor(self.file, f"{path}.scale") if path in self.scaled else None
-        return StoredLeaf(read_tensor(self.file, f"{path}.codes"), scale, form)
+        scale = read_tensor(self.file, f"{path}.scale") if f"{path}.scale" in self.names else None
+        if f"{path}.nibbles" in self.names:
+            codes = _unpack(read_tensor(self.file, f"{path}.nibbles"), self.shapes[path])
+        else:
+            codes = read_tensor(self.file, f"{path}.codes")
+        return StoredLeaf(codes, scale, form)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.formats)
@@ -135,8 +145,8 @@ def write(
     path_of: dict[str, str] = {}
     for path, shape in shapes.items():
         leaf = leaves[path]
+        _check_leaf(path, shape, leaf)
         tensors = _tensors(path, leaf)
-        _check_leaf(path, shape, tensors)
         table[path] = {"format": None if isinstance(leaf, np.ndarray) else leaf.format, "tensors": sorted(tensors)}
         specs |= {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         path_of |= dict.fromkeys(tensors, path)
@@ -171,11 +181,11 @@ def read(directory: Path) -> Export:
     architecture = _architecture(directory / CONFIG, config["architecture"])
     formats = {path: entry["format"] for path, entry in config["tensors"].items()}
     named = {name for entry in config["tensors"].values() for name in entry["tensors"]}
-    if set(formats) != set(leaf_shapes(architecture)) or named != set(list_tensors(directory / WEIGHTS)):
+    shapes = leaf_shapes(architecture)
+    if set(formats) != set(shapes) or named != set(list_tensors(directory / WEIGHTS)):
         raise UserError(f"{directory / WEIGHTS} does not hold the tensors of {directory / CONFIG}; export again")
-    scaled = frozenset(path for path in formats if f"{path}.scale" in named)
     return Export(
-        leaves=StoredLeaves(directory / WEIGHTS, formats, scaled),
+        leaves=StoredLeaves(directory / WEIGHTS, formats, shapes, frozenset(named)),
         architecture=architecture,
         tokenizer=Tokenizer.load(directory),
         metadata=config["metadata"],
@@ -199,16 +209,33 @@ def _tensors(path: str, leaf: Leaf) -> dict[str, np.ndarray]:
     """Name in the file → array, for one leaf."""
     if isinstance(leaf, np.ndarray):
         return {path: leaf}
-    tensors = {f"{path}.codes": np.asarray(leaf.codes)}
+    codes, grid = np.asarray(leaf.codes), GRIDS.get(leaf.format.split("/")[0])
+    packed = grid is not None and grid.held_dtype == "int4"
+    tensors = {f"{path}.nibbles": _pack(codes)} if packed else {f"{path}.codes": codes}
     return tensors if leaf.scale is None else {**tensors, f"{path}.scale": np.asarray(leaf.scale)}
 
 
-def _check_leaf(path: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray]) -> None:
-    values = tensors[path] if path in tensors else tensors[f"{path}.codes"]
-    scale = tensors.get(f"{path}.scale")
+def _pack(codes: np.ndarray) -> np.ndarray:
+    """Return codes from -8 to 7 two to a byte, uint8 [⌈n / 2⌉]."""
+    if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
+        raise ValueError(f"codes {codes.min()} … {codes.max()} don't fit in four bits")
+    flat = codes.reshape(-1).view(np.uint8) & 15
+    low, high = flat[::2], flat[1::2]
+    return low | (np.pad(high, (0, len(low) - len(high))) << 4)
+
+
+def _unpack(nibbles: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the codes of `shape` that `_pack` made bytes of, int8."""
+    flat = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(-1)[: prod(shape)]
+    return ((flat ^ 8).view(np.int8) - np.int8(8)).reshape(shape)
+
+
+def _check_leaf(path: str, shape: tuple[int, ...], leaf: Leaf) -> None:
+    floats = isinstance(leaf, np.ndarray)
+    values, scale = (leaf, None) if isinstance(leaf, np.ndarray) else (np.asarray(leaf.codes), leaf.scale)
     if values.shape != shape:
         raise ValueError(f"{path} has shape {values.shape}, the architecture implies {shape}; drop the padding")
-    if path in tensors:
+    if floats:
         if values.dtype not in (np.float32, *_CAST_DTYPES):
             raise ValueError(f"{path} is {values.dtype}; a leaf without codes is float32, float16 or bfloat16")
     elif values.dtype not in _SCALED_DTYPES and (values.dtype not in _CAST_DTYPES or scale is not None):
@@ -219,8 +246,9 @@ def _check_leaf(path: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndar
         scale.ndim != values.ndim or any(n % m for n, m in zip(values.shape, scale.shape, strict=True))
     ):
         raise ValueError(f"{path}: scale of shape {scale.shape} does not divide codes of shape {values.shape}")
+    tensors = {path if floats else f"{path}.codes": values, f"{path}.scale": scale}
     for name, tensor in tensors.items():
-        if tensor.dtype != np.int8 and not np.isfinite(tensor).all():
+        if tensor is not None and tensor.dtype != np.int8 and not np.isfinite(tensor).all():
             raise UserError(f"{name} holds values that are not finite; export a step from before the run diverged")
 
 
@@ -230,8 +258,9 @@ def _verified_config(directory: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("format") != FORMAT:
         raise UserError(f"{file}: format={config.get('format')!r} is not {FORMAT!r}; give a directory that we exported")
-    if config.get("version") != VERSION:
-        raise UserError(f"{file}: version={config.get('version')!r}; this program reads version {VERSION}, update it")
+    if config.get("version") not in range(1, VERSION + 1):
+        known = f"versions up to {VERSION}"
+        raise UserError(f"{file}: version={config.get('version')!r}; this program reads {known}, update it")
     digests = config.get("sha256")
     if not isinstance(digests, dict) or digests.pop(CONFIG, None) != _sha256_of(config):
         raise UserError(f"{file} was changed after it was written (SHA-256 differs); export again")

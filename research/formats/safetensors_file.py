@@ -25,6 +25,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "I8": np.dtype(np.int8),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U8": np.dtype(np.uint8),
 }
 """The dtypes that we read and write, by their names in the file."""
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from research.model.layers import tree_of
 from research.model.parameters import Parameter
 from research.padding import AxisPadding, Padding
+from research.quant.grid import bytes_of
 from research.quant.nodes import Encoded
 from research.quant.policy import Format, path_of
 
@@ -133,5 +134,10 @@ def bytes_per_device(tree: Any) -> int:
     held: dict[Any, int] = {}  # by device
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+            held[shard.device] = held.get(shard.device, 0) + array_bytes(shard.data)
     return max(held.values(), default=0)
+
+
+def array_bytes(array: jax.Array) -> int:
+    """Return the bytes that an array takes; `nbytes` counts a whole one for each four-bit code."""
+    return bytes_of(array.size, array.dtype)

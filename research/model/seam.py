@@ -164,7 +164,8 @@ def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quant
     blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
     if blocks > 1:
         return _sum_over_blocks(product, blocks, x_codes, x_scale, w).astype(product.dtype)
-    sums = _einsum(product.subscripts, x_codes, w.codes, product.spec, "int32").astype(jnp.float32)
+    w_codes = w.codes.astype(jnp.int8)  # no backend multiplies what it holds in four bits
+    sums = _einsum(product.subscripts, x_codes, w_codes, product.spec, "int32").astype(jnp.float32)
     # the contracted axes of both scales have size 1: there is nothing to sum
     s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
     s_x, s_w = _beside(product, x_scale.squeeze(product.contracted), s_w)
@@ -187,7 +188,7 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
         (x_axes, x), (w_axes, w) = (_take(number, *factor) for factor in factors)
-        sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w, spec, "int32").astype(jnp.float32)
+        sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w.astype(jnp.int8), spec, "int32").astype(jnp.float32)
         (x_axes, s_x), (w_axes, s_w) = (_take(number, *scale) for scale in scales)
         s_x = jnp.einsum(f"{x_axes}->{WAY}{product.rows}", s_x.astype(jnp.float32))
         s_w = jnp.einsum(f"{w_axes}->{WAY}{product.columns}", s_w.astype(jnp.float32))
@@ -198,7 +199,7 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
 
     sizes = dict(zip(product.x, x_codes.shape, strict=True)) | dict(zip(product.w, w.codes.shape, strict=True))
     nothing = jnp.zeros((ways, *(sizes[axis] for axis in product.y)), jnp.float32)
-    return jax.lax.fori_loop(0, blocks // ways, add, constrain(nothing, spec)).sum(axis=0)
+    return jax.lax.fori_loop(0, blocks // ways, add, _place(nothing, spec)).sum(axis=0)
 
 
 # Axes that the contracted ones are split into; in capitals, because they are in no alphabet of a model.
@@ -216,15 +217,21 @@ def _split(product: _Product, ways: int, blocks: int, axes: str, array: jax.Arra
             f"einsum {product.subscripts!r}: with groups, {product.inner!r} must be neighbours in {axes!r}"
         )
     before, size, after = array.shape[:first], prod(array.shape[first:last]), array.shape[last:]
-    new = WAY + BLOCK + (MEMBER if size > blocks else "")
-    if size == 1:
-        array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), (*before, ways, blocks // ways, *after))
-    else:
-        members = (size // blocks,) if size > blocks else ()
-        array = array.reshape(*before, ways, blocks // ways, *members, *after)
-    letters = axes[:first] + new + axes[last:]
+    members = (size // blocks,) if size > blocks else ()
+    letters = axes[:first] + WAY + BLOCK + (MEMBER if members else "") + axes[last:]
     entry = {WAY: product.entry(product.inner[0]), BLOCK: None, MEMBER: None}
-    return letters, constrain(array, PartitionSpec(*(entry.get(x, product.entry(x)) for x in letters)))
+    spec = PartitionSpec(*(entry.get(letter, product.entry(letter)) for letter in letters))
+    shape = (*before, ways, blocks // ways, *members, *after)
+    if size == 1:
+        array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), shape)
+    else:
+        array = jax.lax.reshape(array, shape, out_sharding=explicit(spec))
+    return letters, _place(array, spec)
+
+
+def _place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
+    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
 
 
 def _take(number: jax.Array, axes: str, array: jax.Array) -> tuple[str, jax.Array]:

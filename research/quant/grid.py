@@ -64,6 +64,12 @@ class Grid:
         return self.code_dtype == "float32"
 
     @property
+    def held_dtype(self) -> str:
+        """Dtype of codes at rest: int4, two to a byte, where they all fit; training steps them as `code_dtype`."""
+        fits = self.code_dtype == "int8" and self.smallest_code >= -8 and self.largest_code <= 7
+        return "int4" if fits else self.code_dtype
+
+    @property
     def is_scaled(self) -> bool:
         """Whether codes need a scale to become weights."""
         return self.calibration != "cast"
@@ -98,6 +104,11 @@ GRIDS = {
         Grid("ternary", "int8", "absmean", -1, 1),
     )
 }
+
+
+def bytes_of(elements: int, dtype: DTypeLike) -> int:
+    """Return the bytes that so many elements take, four-bit ones two to a byte."""
+    return -(-elements * jax.dtypes.itemsize_bits(dtype) // 8)
 
 
 def calibrate(

@@ -56,8 +56,8 @@ def is_encoded(node: object) -> bool:
 
 
 def stored(encoded: Encoded) -> Quantized:
-    """Return the node that the model is called with when only codes and scales are held."""
-    return Quantized(None, encoded.codes, encoded.scale, encoded.grid, encoded.dtype)
+    """Return the node that the model is called with when only codes and scales are held, in as little as they take."""
+    return Quantized(None, encoded.codes.astype(encoded.grid.held_dtype), encoded.scale, encoded.grid, encoded.dtype)
 
 
 def dense(weight: Weight) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from research.config import Rule
 from research.errors import UserError, nearest
 from research.quant.activations import group_size
-from research.quant.grid import GRIDS, SCALES, Grid, Shape
+from research.quant.grid import GRIDS, SCALES, Grid, Shape, bytes_of
 
 ACTIVATIONS = ("none", "int8", "int8:group:32")
 STACKED = "le"
@@ -264,7 +264,7 @@ def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Covera
     activation = rule.activation if multiplied else "none"
     if form is None:
         return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * prod(shape))
-    code_bytes = jnp.dtype(form.grid.code_dtype).itemsize * prod(shape)
+    code_bytes = bytes_of(prod(shape), form.grid.held_dtype)
     scale_bytes = 2 * prod(form.scale_shape) if form.grid.is_scaled else 0
     names = " → ".join((*(grid.name for grid, _ in form.earlier), form.grid.name))
     return Coverage(path, shape, names, form.granularity, activation, rule.match, code_bytes + scale_bytes)
