@@ -2,8 +2,8 @@
 
 Nothing is computed anew on the way to the file or back: the codes and scales that the optimizer held come back bit for
 bit. A leaf `path` is stored as `path.codes` (int8 or an 8-bit float, or the 16-bit float of a grid that is a cast) and
-`path.scale` (fp16), or as `path` where it has no codes. Codes of a grid within -8 … 7 are `path.nibbles` instead: uint8 with one
-axis, code 2i in the low four bits of byte i, code 2i + 1 in the high ones, two's complement, in C order.
+`path.scale` (fp16), or as `path` where it has no codes. Codes of a grid within -8 … 7 are `path.nibbles` instead: uint8
+with one axis, code 2i in the low four bits of byte i, code 2i + 1 in the high ones, two's complement, in C order.
 
 config.json beside it says how to read them and carries a SHA-256 of every file, itself included; opening an export
 verifies all of them, because a flipped byte in a weight is silent otherwise.
