@@ -311,10 +311,12 @@ def next_commands(
     own = [text for text in overrides if not text.startswith("--config.train.steps=")]
     checkpoint = ["--checkpoint", str(run)]
     prompt = ["--prompt", "You have won a prize!", *(["--chat"] if chat else [])]
+    export = ["export.py", *checkpoint]
     commands = {
         "evaluate on another mesh": ["evaluate.py", *checkpoint, f"--config.mesh.tensor={1 if tensor > 1 else 2}"],
         "generate": ["generate.py", *checkpoint, *prompt],
-        "export": ["export.py", *checkpoint, "--format", "safetensors"],
+        "export": [*export, "--format", "safetensors"],
+        "export for llama.cpp (or huggingface, compressed-tensors)": [*export, "--format", "gguf", "--type", "F32"],
         "train on": ["finetune.py", "--config", str(config), *own, "--resume", f"--config.train.steps={2 * steps}"],
     }
     return {what: shlex.join(["python", f"scripts/{script}", *rest]) for what, (script, *rest) in commands.items()}

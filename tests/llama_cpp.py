@@ -36,6 +36,11 @@ class LlamaCpp:
         logp_v[[entry["id"] for entry in found]] = [entry["logprob"] for entry in found]
         return logp_v
 
+    def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
+        """The likeliest tokens behind a prompt of ids, up to a token that ends."""
+        request = {"prompt": [int(i) for i in ids], "n_predict": tokens, "temperature": 0, "cache_prompt": False}
+        return self._post("/completion", {**request, "return_tokens": True})["tokens"]
+
     def chat(self, text: str, tokens: int) -> str:
         """The greedy answer to a user's message."""
         request = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0}

@@ -238,10 +238,11 @@ def test_commands_are_whole_lines_that_a_shell_reads_back() -> None:
     print_commands(Console(file=stream, width=40, markup=False), commands)
     printed = [line for line in stream.getvalue().splitlines() if line and not line.startswith("#")]
     assert printed == list(commands.values()), "never wrapped"
-    evaluate, generate, export, train = map(shlex.split, printed)
+    evaluate, generate, export, gguf, train = map(shlex.split, printed)
     assert evaluate == ["python", "scripts/evaluate.py", "--checkpoint", "runs/two words", "--config.mesh.tensor=1"]
     assert generate[:4] == ["python", "scripts/generate.py", "--checkpoint", "runs/two words"] and "--chat" in generate
     assert export[2:] == ["--checkpoint", "runs/two words", "--format", "safetensors"]
+    assert gguf[2:] == ["--checkpoint", "runs/two words", "--format", "gguf", "--type", "F32"]
     assert train[1:4] == ["scripts/finetune.py", "--config", "configs/int8_tp4.py"]
     assert train[4:] == ["--config.run=two words", "--resume", "--config.train.steps=100"]
 
