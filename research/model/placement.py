@@ -21,6 +21,9 @@ from research.quant.policy import Format, path_of
 
 Table = Mapping[str, Parameter]
 
+PARTS = ("codes", "scale", "frequency", "average", "direction")
+"""Names of the arrays that one parameter may have in the place of itself."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,8 +49,8 @@ def layout(key: str, shape: tuple[int, ...], table: Table) -> Layout:
 
 def owner(key: str, table: Table) -> Parameter | None:
     """Return the parameter that the array at `key` belongs to, None for a counter."""
-    path = key.removesuffix("/codes").removesuffix("/scale")
-    parts = path.split("/")
+    *path, last = key.split("/")
+    parts = path if last in PARTS else [*path, last]
     return next((table[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in table), None)
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from research.config import Experiment
 from research.model.layers import tree_of
 from research.model.placement import abstract
-from research.quant.optimizer import find
 from research.quant.policy import coverage
+from research.quant.state import find
 from research.report import coverage_rows, describe_padding, render_coverage, render_memory, say
 from research.setup import Setup
 from research.train.step import make_optimizer, start_state
@@ -34,9 +34,10 @@ def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[
     quantized = find(state.optimizer)
     parts = {
         "parameters": state.params,
-        "float32 latents": quantized.latent,
+        "latents": quantized.latent,
         "codes and scales": quantized.encoded,
         "moments": quantized.inner_state,
+        "oscillation": quantized.counted,
         "gradients": abstract(floats, setup.table, mesh),
     }
     return {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) for name, tree in parts.items()}
