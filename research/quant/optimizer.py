@@ -20,6 +20,7 @@ on the grid from then on. Leaves that no rule quantizes go straight to the inner
 The order of the first two lines matters: `init` copies the float weights into the latents.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ from research.quant.oscillation import count_oscillation, freeze_codes, freeze_l
 from research.quant.policy import Format, Policy, shapes_by_path
 from research.quant.scales import first_logarithm, fresh_scale, logarithm_gradient, next_logarithm, next_scale
 from research.quant.stages import at_step
-from research.quant.state import QuantizeState, find, is_masked, is_node, map_formats
+from research.quant.state import QuantizeState, find, is_masked, is_node, map_formats, replace_state
 
 PyTree = Any
 
@@ -165,6 +166,28 @@ def apply_updates(params: PyTree, updates: PyTree, state: PyTree) -> PyTree:
     """
     plain = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype), params, updates)
     return project(state, plain)
+
+
+def with_latents(state: PyTree, latents: PyTree) -> PyTree:
+    """Return `state` as if its latents were `latents`, a float tree like params, with their codes and scales.
+
+    Scales are those that the new latents ask for, or as learned; frozen weights keep their codes. Leaves that no rule
+    quantizes are not looked at: give them to `project`.
+    """
+
+    def change(found: QuantizeState) -> QuantizeState:
+        formats, step = dict(found.formats), found.count
+
+        def land(form: Format, e: Encoded, w: jax.Array, log_scale: Any) -> Encoded:
+            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, e.dtype)
+
+        latent = map_formats(formats, lambda form, w: keep_latent(form, _widen(w), step), latents)
+        landed = map_formats(formats, land, found.encoded, latent, found.learned)
+        encoded = map_formats(formats, lambda form, c, e: freeze_codes(form, c, e, step), found.counted, landed)
+        latent = map_formats(formats, freeze_latent, found.counted, encoded, latent)
+        return replace(found, latent=latent, encoded=encoded)
+
+    return replace_state(state, change)
 
 
 @jax.jit
