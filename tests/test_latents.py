@@ -72,7 +72,11 @@ def test_padding_between_weights_moves_no_noise() -> None:
     assert np.array_equal(padding.unpad(padded), noise(FORM, padding.logical, jnp.int32(7)))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "axis_type",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+    ids=["auto", "explicit"],
+)
 def test_latents_are_equal_on_every_mesh_and_take_two_bytes(mesh_of, axis_type: AxisType) -> None:
     """Two steps of Adam, whose moments stay float32; landing is as exact as ever."""
     tx = quantize(optax.adam(2.0**-9), Policy((RULE,)))
