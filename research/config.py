@@ -90,6 +90,7 @@ def require_run_name(run: str) -> None:
 
 ESTIMATORS = ("identity", "clipped")
 ANNEALING = ("none", "parq", "relax")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,14 @@ class Rule:
     """Optimizer step from which on it is on its grid; 0: from the start."""
     anneal: str = "none"
     """Between the two: none (float until end_step), parq or relax (towards the grid by degrees)."""
+    latent: str = "float32"
+    """Dtype that latents are kept in: float32, or bfloat16 by stochastic rounding."""
+    track_oscillation: bool = False
+    """Whether it is counted how often each code jumps to and fro."""
+    freeze_above: float = 0.0
+    """Oscillations per step above which a weight is frozen at its average code; 0: never. Counts them, too."""
+    oscillation_momentum: float = 0.01
+    """Weight of the newest step in the averages that are counted."""
     activation: str = "none"
     """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token) or
     int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it)."""
@@ -140,7 +149,7 @@ class Rule:
         except re.error as error:
             message = f"quantization: Rule.match={self.match!r} is not a regular expression: {error}"
             raise UserError(message) from None
-        for name, allowed in (("estimator", ESTIMATORS), ("anneal", ANNEALING)):
+        for name, allowed in (("estimator", ESTIMATORS), ("anneal", ANNEALING), ("latent", DTYPES)):
             require(
                 getattr(self, name) in allowed,
                 f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",
@@ -156,6 +165,9 @@ class Rule:
         every = self.recalibrate_every
         require(every >= 1, f"quantization: Rule.recalibrate_every={every}: give 1 (at every step) or more")
         require(0 <= self.hysteresis < 1, f"quantization: Rule.hysteresis={self.hysteresis}: give 0 (off) to below 1")
+        for name in ("freeze_above", "oscillation_momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"quantization: Rule.{name}={value}: give 0 to below 1")
         require(
             0 <= self.begin_step <= self.end_step,
             f"quantization: Rule.begin_step={self.begin_step}, end_step={self.end_step}: give 0 ≤ begin ≤ end",
@@ -164,6 +176,11 @@ class Rule:
             self.anneal == "none" or self.begin_step < self.end_step,
             f"quantization: Rule.anneal={self.anneal!r} needs steps to do it in: give begin_step < end_step",
         )
+
+    @property
+    def counts_oscillation(self) -> bool:
+        """Whether oscillation is counted, to be shown or to freeze."""
+        return self.track_oscillation or self.freeze_above > 0
 
     @property
     def earlier_grids(self) -> tuple[tuple[str, int], ...]:
@@ -279,7 +296,6 @@ class OptimizerConfig:
         require(self.moments in MOMENTS, f"optimizer.moments={self.moments!r}: give one of {MOMENTS}")
 
 
-DTYPES = ("float32", "bfloat16")
 REMATERIALIZATION = ("none", "full", "dots")
 
 

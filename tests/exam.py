@@ -91,7 +91,11 @@ FORMS = (
     Form("int2", "int2", "group:32", recalibrates=False),
     Form("ternary", "ternary", "tensor", recalibrates=False),
 )
-LONG = (Form("int8 to int2", "int2", "group:32", recalibrates=False, more={"earlier": ("int8:60", "int4:130")}),)
+LONG = (
+    Form("int8 to int2", "int2", "group:32", recalibrates=False, more={"earlier": ("int8:60", "int4:130")}),
+    Form("int4 frozen", "int4", "group:32", recalibrates=False, more={"freeze_above": 0.04, "latent": "bfloat16"}),
+    Form("bf16 small", "bf16", plain_lands=False, more={"latent": "bfloat16"}),
+)
 """Rows that take the whole exam, too, in programs of their own among the slow tests: they are slow to compile."""
 QUANTIZED = tuple(form for form in FORMS if form.grid != "fp32")
 BRIEF = tuple(form for form in FORMS if form.name in ("identity", "brain", "half", "channel", "int4 learned", "int2"))

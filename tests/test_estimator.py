@@ -17,8 +17,8 @@ from research.errors import UserError
 from research.quant import Policy, apply_updates, export, is_on_grid, latents, project, quantize
 from research.quant.estimator import pull_back, scale_gradient
 from research.quant.grid import GRIDS
-from research.quant.optimizer import find
 from research.quant.policy import Format
+from research.quant.state import find
 
 D, O, B = 64, 7, 13  # noqa: E741 (axis letters)
 LARGEST = 7

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
@@ -17,6 +18,7 @@ from research.formats import native
 from research.mesh import make_mesh
 from research.model.placement import layout
 from research.quant.grid import GRIDS
+from research.quant.nodes import stored
 from research.quant.policy import path_of
 from research.setup import Setup, make_setup
 from research.train.export import place_export, write_export
@@ -133,8 +135,11 @@ def test_an_export_that_is_not_as_its_config_says_is_refused(tmp_path: Path) -> 
 def test_an_export_on_the_way_to_the_last_grid_says_so(tmp_path: Path) -> None:
     rules = (Rule(match=".*", weight="int4", earlier=("int8:2",)),)
     run = tiny.start(rules)
-    encoded = encoded_weights(run.state)
-    for step, name in ((0, "int8/channel"), (2, "int4/channel")):  # the step is what the metadata says
+    for step, name in ((0, "int8/channel"), (2, "int4/channel")):
+        run.advance(step)
+        encoded = encoded_weights(run.state)
+        up = encoded["layers"]["mlp"]["up_df"]
+        np.testing.assert_array_equal(stored(up).codes.astype(jnp.int8), up.codes)  # int8 codes don't fit in four bits
         folder = tmp_path / str(step)
         metadata = metadata_on({}, rules) | {"step": step}
         write_export(folder, encoded, run.setup, tiny.ARCHITECTURE, byte_level(), metadata)

@@ -53,7 +53,7 @@ class Recorder:
         self.batches.append([float(part.tokens_bt[0, 0]) for part in parts])
         self._in_a_row = self._in_a_row + 1 if number in self.nonfinite else 0
         loss = math.nan if self._in_a_row else 10.0 - number
-        values = StepMetrics(*(np.float32(x) for x in (loss, 0, 24, 1.5, 1e-3)), np.int32(self._in_a_row))
+        values = StepMetrics(*(np.float32(x) for x in (loss, 0, 24, 1.5, 1e-3)), np.int32(self._in_a_row), {"w": 0.25})
         return TrainState(np.int32(number), None, None), values
 
     def append(self, step: int, values: dict[str, Any]) -> None:
@@ -106,6 +106,7 @@ def test_every_step_gets_its_batches_and_a_line() -> None:
     assert seen.batches == [[0, 0], [1, 1], [2, 2]] and int(trained.state.step) == 3 and not trained.stopped
     assert [step for step, _ in seen.lines] == [1, 2, 3]
     line = seen.lines[1][1]
+    assert line["oscillating/w"] == 0.25
     assert (line["loss"], line["answer_tokens"], line["tokens"], line["skipped"]) == (8.0, 24, 2 * 7 + 2 * 4, 0)
     assert line["tokens_per_second"] == line["tokens"] / line["seconds"] and line["grad_norm"] == 1.5
     assert seen.saved == [(3, None)]

@@ -33,8 +33,8 @@ from research.quant.moments import (
     moment_blocks,
     scale_by_adam_8bit,
 )
-from research.quant.optimizer import find
 from research.quant.policy import path_of
+from research.quant.state import find
 from research.report import make_console
 from research.setup import Setup, make_setup
 from research.train.checkpoint import Checkpointer, read_metadata

@@ -26,7 +26,7 @@ from research.quant import (
     quantize,
     view,
 )
-from research.quant.optimizer import find, replace_state
+from research.quant.state import find, replace_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -114,7 +114,7 @@ def test_channels_of_zeros_stay_zero_or_wake_up_and_nothing_is_negative_zero(for
         # Woken by steps of 0.03: its scale is that of its weights, not the 1 of zeros.
         largest = np.abs(latent["matrix_do"][:, :, LATE]).max()
         assert (np.abs(matrix.scale[1:, :, LATE]) < largest).all()
-    assert latent["matrix_do"].dtype == np.float32
+    assert latent["matrix_do"].dtype == form.more.get("latent", "float32")
     for name in ("bias_o", "gain"):  # float leaves: trained, without a latent
         assert isinstance(latent[name], optax.MaskedNode) and (after[name][0] != after[name][-1]).any()
 
@@ -149,7 +149,7 @@ def trained_heads(padded: bool, long: bool) -> tuple[PyTree, PyTree]:
     rng = np.random.default_rng(3)
     start, *gradients = (jnp.asarray(place(x)) for x in rng.normal(0, 0.1, (21, *HEADS.logical)).astype(np.float32))
     rules = tuple(form.rule(form.name) for form in forms)
-    leaf = Leaf("dnh", "d", HEADS.logical, (1, 1, 1))
+    leaf = Leaf("dnh", "d", HEADS.logical, (1, 1, 1), HEADS if padded else None)
     tx = quantize(inner_optimizer(), Policy(rules, {form.name: leaf for form in forms}))
 
     def step(carry: Any, grad_dnh: jax.Array) -> tuple[Any, None]:

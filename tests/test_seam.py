@@ -55,7 +55,7 @@ def _scale_shape(subscripts: str, granularity: str) -> tuple[int, ...]:
 def _w(subscripts: str, granularity: str = "channel", grid: str = "int8") -> Encoded:
     w = _normal(_axes(subscripts)[1], seed=7)
     scale = calibrate(GRIDS[grid], w, _scale_shape(subscripts, granularity)) if GRIDS[grid].is_scaled else None
-    return Encoded(encode(GRIDS[grid], w, scale), scale, GRIDS[grid], "float32")
+    return Encoded(encode(GRIDS[grid], w, scale), scale, GRIDS[grid], "float32", GRIDS[grid].held_dtype)
 
 
 def _view(w: Encoded, value: jax.Array) -> Quantized:
@@ -297,7 +297,7 @@ def test_blocks_on_a_mesh(
 
 
 def _positive(w: Encoded) -> Encoded:
-    return Encoded(jnp.abs(w.codes), w.scale, w.grid, w.dtype)
+    return Encoded(jnp.abs(w.codes), w.scale, w.grid, w.dtype, w.held_dtype)
 
 
 @pytest.mark.parametrize("type", [Type.Q8_0, Type.Q4_0])
@@ -332,6 +332,6 @@ def _codes(blocks: np.ndarray, type: Type) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_groups_of_two_axes_that_are_no_neighbours_are_refused() -> None:
-    w = Encoded(jnp.ones((8, 3, 32), jnp.int8), jnp.ones((8, 3, 1), jnp.float16), GRIDS["int8"], "float32")
+    w = Encoded(jnp.ones((8, 3, 32), jnp.int8), jnp.ones((8, 3, 1), jnp.float16), GRIDS["int8"], "float32", "int8")
     with pytest.raises(ValueError, match="'nh' must be neighbours in 'nah'"):
         einsum("btnh,nah->bta", _x("btnh,nhd->btd"), stored(w), activation="int8:group:32")

@@ -15,8 +15,8 @@ from research.config_file import apply_overrides, from_json, to_json
 from research.errors import UserError
 from research.quant import Policy, apply_updates, export, is_on_grid, latents, project, quantize
 from research.quant.grid import GRIDS, calibrate, encode
-from research.quant.optimizer import find
 from research.quant.policy import coverage
+from research.quant.state import find
 
 D, O, STEPS = 32, 5, 8  # noqa: E741 (axis letters)
 IN_FORCE = ("int8", "int8", "int8", "int4", "int4", "int2", "int2", "int2", "int2")  # after 0, 1, … updates

@@ -19,8 +19,9 @@ from research.config_file import from_json
 from research.mesh import make_mesh
 from research.model.placement import layout
 from research.quant.nodes import Encoded
-from research.quant.optimizer import find, is_on_grid
+from research.quant.optimizer import is_on_grid
 from research.quant.policy import path_of
+from research.quant.state import find
 from research.setup import Setup, make_setup
 from research.tasks.task import Example
 from research.train.checkpoint import Checkpointer, read_metadata
@@ -45,6 +46,10 @@ LEARNED = (
     Rule(match="layers/mlp/.*", weight="int4", estimator="clipped", learn_scale=True),
     Rule(match=".*", weight="int3", begin_step=1, end_step=4, anneal="parq"),
 )
+SCHEDULED = (
+    Rule(match="layers/mlp/.*", weight="int3", earlier=("int8:3",), freeze_above=0.02, latent="bfloat16"),
+    Rule(match=".*", weight="int8", recalibrate_every=3, hysteresis=0.01, latent="bfloat16"),
+)
 
 
 def setup_on(sizes: dict[str, int], rules: tuple[Rule, ...] = tiny.W8A8) -> Setup:
@@ -66,18 +71,25 @@ def logical_bits(state: Any, setup: Setup) -> dict[str, bytes]:
 
 SHORT_WAY = ({"tensor": 3}, {"fsdp": 2, "tensor": 4}, {"tensor": 1})
 LONG_WAY = (*SHORT_WAY, {"tensor": 8}, {"data": 2, "fsdp": 2}, {"tensor": 4})
+ROUND = (
+    pytest.param(tiny.W8A8, SHORT_WAY, id="w8a8, short"),
+    pytest.param(tiny.W8A8, LONG_WAY, id="w8a8, long", marks=pytest.mark.slow),
+    pytest.param(SCHEDULED, LONG_WAY, id="scheduled, long", marks=pytest.mark.slow),
+)
 
 
-@pytest.mark.parametrize("way", (SHORT_WAY, pytest.param(LONG_WAY, marks=pytest.mark.slow)), ids=("short", "long"))
-def test_state_goes_round_the_meshes_unchanged(tmp_path: Path, way: tuple[dict[str, int], ...]) -> None:
+@pytest.mark.parametrize(("rules", "way"), ROUND)
+def test_state_goes_round_the_meshes_unchanged(
+    tmp_path: Path, rules: tuple[Rule, ...], way: tuple[dict[str, int], ...]
+) -> None:
     start = {"tensor": 4}
-    run = tiny.start(tiny.W8A8, **start)
+    run = tiny.start(rules, **start)
     run.advance(2)
     wanted = logical_bits(run.state, run.setup)
     assert len(wanted) > 40
-    path = save(tmp_path / "0", run.state, start)
+    path = save(tmp_path / "0", run.state, start, rules)
     for number, sizes in enumerate(way, 1):
-        setup = setup_on(sizes)
+        setup = setup_on(sizes, rules)
         state = restore(path, setup)
         assert logical_bits(state, setup) == wanted, sizes
         assert bool(is_on_grid(state.params, state.optimizer))
@@ -85,13 +97,18 @@ def test_state_goes_round_the_meshes_unchanged(tmp_path: Path, way: tuple[dict[s
             spec = layout(path_of(key_path), leaf.shape, setup.table).spec
             place = jax.sharding.NamedSharding(setup.mesh, spec)
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim), path_of(key_path)
-        path = save(tmp_path / str(number), state, sizes)
+        path = save(tmp_path / str(number), state, sizes, rules)
 
 
 @pytest.mark.parametrize(
     "rules",
-    (tiny.W8A8, pytest.param(tiny.FLOAT, marks=pytest.mark.slow), LEARNED),
-    ids=("w8a8", "float", "learned and annealed"),
+    (
+        tiny.W8A8,
+        pytest.param(tiny.FLOAT, marks=pytest.mark.slow),
+        LEARNED,
+        pytest.param(SCHEDULED, marks=pytest.mark.slow),
+    ),
+    ids=("w8a8", "float", "learned and annealed", "scheduled"),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     sizes = {"tensor": 4}
@@ -101,7 +118,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rul
         checkpointer.save(2, checkpoint_items(run.state), metadata_on(sizes, rules) | {"step": 2})
         losses = run.advance(2)  # while it is being saved: each step donates the buffers that are written
     resumed = replace(run, state=restore(tmp_path / "00000002", run.setup))
-    assert resumed.advance(2) == losses
+    assert resumed.advance(2) == losses  # step 3 changes grids and calibrates, of the rules that do
     assert logical_bits(resumed.state, run.setup) == logical_bits(run.state, run.setup)
 
 

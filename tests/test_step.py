@@ -16,8 +16,8 @@ from research.config import OptimizerConfig, TrainConfig
 from research.model.parameters import TABLE
 from research.model.placement import layout, unplace
 from research.quant import is_on_grid
-from research.quant.optimizer import find
 from research.quant.policy import path_of
+from research.quant.state import find
 from research.setup import put_batch
 from research.train.step import make_schedule, make_step
 

@@ -154,7 +154,7 @@ def _encode(w: jax.Array, form: Format | None) -> Any:
     if form is None:
         return w
     scale = calibrate(form.grid, w, form.scale_shape, numbers=form.rule.scale, elements=form.elements)
-    return Encoded(encode(form.grid, w, scale), scale, form.grid, "float32")
+    return Encoded(encode(form.grid, w, scale), scale, form.grid, "float32", form.held_dtype)
 
 
 def _map_encoded(function: Callable[[Encoded], Any], weights: dict[str, Any]) -> dict[str, Any]:

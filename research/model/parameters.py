@@ -36,7 +36,7 @@ class Parameter:
     @property
     def leaf(self) -> Leaf:
         """What the quantization policy needs to know."""
-        return Leaf(self.axes, self.contract, self.padding.logical, self.shards)
+        return Leaf(self.axes, self.contract, self.padding.logical, self.shards, self.padding)
 
 
 # path: (axes, contracted axes)

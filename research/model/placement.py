@@ -22,6 +22,9 @@ from research.quant.policy import Format, path_of
 
 Table = Mapping[str, Parameter]
 
+PARTS = ("codes", "scale", "frequency", "average", "direction")
+"""Names of the arrays that one parameter may have in the place of itself."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -47,8 +50,8 @@ def layout(key: str, shape: tuple[int, ...], table: Table) -> Layout:
 
 def owner(key: str, table: Table) -> Parameter | None:
     """Return the parameter that the array at `key` belongs to, None for a counter."""
-    path = key.removesuffix("/codes").removesuffix("/scale")
-    parts = path.split("/")
+    *path, last = key.split("/")
+    parts = path if last in PARTS else [*path, last]
     return next((table[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in table), None)
 
 
@@ -124,7 +127,7 @@ def abstract_weights(table: Table, formats: Mapping[str, Format], dtype: str, me
             return jax.ShapeDtypeStruct(parameter.shape, np.float32)
         scale = jax.ShapeDtypeStruct(form.scale_shape, np.float16) if form.grid.is_scaled else None
         codes = jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(form.grid.code_dtype))
-        return Encoded(codes, scale, form.grid, dtype)  # pyright: ignore[reportArgumentType]
+        return Encoded(codes, scale, form.grid, dtype, form.held_dtype)  # pyright: ignore[reportArgumentType]
 
     return abstract(tree_of({path: one(path, parameter) for path, parameter in table.items()}), table, mesh)
 

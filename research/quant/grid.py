@@ -192,9 +192,9 @@ def encode(grid: Grid, w: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def in_steps(w: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return float32 weights in units of their scale, w · (1 / scale), before they are rounded to codes."""
+    """Return weights, float32, in units of their scale, w · (1 / scale), before they are rounded to codes."""
     # XLA makes a division by a broadcast scale this product, by a scale of full shape not: say what is computed.
-    return w * spread(1 / scale.astype(jnp.float32), w.shape)
+    return w.astype(jnp.float32) * spread(1 / scale.astype(jnp.float32), w.shape)
 
 
 def decode(grid: Grid, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:

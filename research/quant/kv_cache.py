@@ -20,7 +20,7 @@ def keep(grid: Grid | None, x_bskh: jax.Array) -> Kept:
     if grid is None:
         return x_bskh
     scale_bsk1 = calibrate(grid, x_bskh, (*x_bskh.shape[:-1], 1))
-    return Encoded(encode(grid, x_bskh, scale_bsk1), scale_bsk1, grid, x_bskh.dtype.name)
+    return Encoded(encode(grid, x_bskh, scale_bsk1), scale_bsk1, grid, x_bskh.dtype.name, grid.held_dtype)
 
 
 def read_back(kept: Kept) -> jax.Array:

@@ -14,13 +14,15 @@ class Encoded:
     """A weight as its codes and scales: what checkpoints and exports hold.
 
     `codes`: the weight's shape, `grid.code_dtype`; `scale`: float16, the weight's rank, None for cast grids; `grid`:
-    the one that its rule ends on (`stages.py`); `dtype`: of the weight that they decode to.
+    the one that its rule ends on (`stages.py`); `dtype`: of the weight that they decode to; `held_dtype`: what codes
+    are held in where they aren't trained, int4 only if those of every grid on the way fit.
     """
 
     codes: jax.Array
     scale: jax.Array | None
     grid: Grid = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+    held_dtype: str = field(metadata={"static": True})
 
     def decode(self) -> jax.Array:
         """Return the weight, shape of `codes`, dtype `self.dtype`."""
@@ -57,7 +59,7 @@ def is_encoded(node: object) -> bool:
 
 def stored(encoded: Encoded) -> Quantized:
     """Return the node that the model is called with when only codes and scales are held, in as little as they take."""
-    return Quantized(None, encoded.codes.astype(encoded.grid.held_dtype), encoded.scale, encoded.grid, encoded.dtype)
+    return Quantized(None, encoded.codes.astype(encoded.held_dtype), encoded.scale, encoded.grid, encoded.dtype)
 
 
 def dense(weight: Weight) -> jax.Array:

@@ -20,8 +20,7 @@ on the grid from then on. Leaves that no rule quantizes go straight to the inner
 The order of the first two lines matters: `init` copies the float weights into the latents.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -31,36 +30,15 @@ import optax
 from research.quant.anneal import annealed
 from research.quant.estimator import pull_back
 from research.quant.grid import encode
+from research.quant.latents import keep_latent
 from research.quant.nodes import Encoded, Quantized
-from research.quant.policy import Format, Policy, path_of, shapes_by_path
+from research.quant.oscillation import count_oscillation, freeze_codes, freeze_latent, start_counting
+from research.quant.policy import Format, Policy, shapes_by_path
 from research.quant.scales import first_logarithm, fresh_scale, logarithm_gradient, next_logarithm, next_scale
 from research.quant.stages import at_step
+from research.quant.state import QuantizeState, find, is_masked, is_node, map_formats, replace_state
 
 PyTree = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class QuantizeState:
-    """State of `quantize`.
-
-    Attributes:
-      count: updates so far, int32 scalar.
-      inner_state: state of the wrapped optimizer; it was initialised with the latents.
-      latent: tree like params; float32 latent of each quantized leaf, `optax.MaskedNode` elsewhere.
-      encoded: tree like params; `Encoded` (codes, scale) of each quantized leaf, `optax.MaskedNode` elsewhere.
-      learned: tree like params; base-2 logarithm of each learned scale, float32, `optax.MaskedNode` elsewhere.
-      scale_state: state of the optimizer of the learned scales.
-      formats: (path, format) of each quantized leaf; static.
-    """
-
-    count: jax.Array
-    inner_state: PyTree
-    latent: PyTree
-    encoded: PyTree
-    learned: PyTree
-    scale_state: PyTree
-    formats: tuple[tuple[str, Format], ...] = field(metadata={"static": True})
 
 
 def quantize(
@@ -84,23 +62,23 @@ def quantize(
     scales = optax.adam(1e-3) if scales is None else scales
 
     def init(params: PyTree) -> QuantizeState:
-        formats = policy.formats(shapes_by_path(params))
-        latent = _map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
-        count = jnp.zeros((), jnp.int32)
-        learned = _map_formats(formats, lambda form, w: first_logarithm(form, w, count), latent)
+        formats, step = policy.formats(shapes_by_path(params)), jnp.zeros((), jnp.int32)
 
         def first(form: Format, w: jax.Array, log_scale: Any, p: jax.Array) -> Encoded:
-            scale = fresh_scale(form, w, log_scale, count)
-            return _encode(form, w, scale, count, dtype or jnp.dtype(p.dtype).name)
+            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
 
-        encoded = _map_formats(formats, first, latent, learned, params)
+        wide = map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
+        latent = map_formats(formats, lambda form, w: keep_latent(form, w, step), wide)
+        learned = map_formats(formats, lambda form, w: first_logarithm(form, w, step), latent)
+        encoded = map_formats(formats, first, latent, learned, params)
         return QuantizeState(
-            count=count,
+            count=step,
             inner_state=inner.init(_masters(latent, params)),
             latent=latent,
             encoded=encoded,
             learned=learned,
             scale_state=scales.init(learned),
+            counted=map_formats(formats, start_counting, encoded),
             formats=tuple(formats.items()),
         )
 
@@ -108,38 +86,40 @@ def quantize(
         if params is None:
             raise ValueError("quantize(...).update needs params: call update(grads, state, params)")
         formats, grads = dict(state.formats), jax.tree.map(_widen, updates)
-        masters = _masters(state.latent, params)
+        step = jnp.asarray(optax.safe_increment(state.count))
 
         def pull(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> jax.Array:
             return at_step(form, state.count, lambda stage: pull_back(stage, w, e.scale, g))
 
-        pulled = _map_formats(formats, pull, state.encoded, masters, grads, keep=2)
-        steps, inner_state = inner.update(pulled, state.inner_state, masters, **extra)
-        latent = _map_formats(formats, lambda _, w, step: w + step.astype(jnp.float32), state.latent, steps)
+        masters = _masters(state.latent, params)
+        pulled = map_formats(formats, pull, state.encoded, masters, grads, keep=2)
+        moves, inner_state = inner.update(pulled, state.inner_state, masters, **extra)
 
-        def log_gradient(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> Any:
-            return logarithm_gradient(form, e.scale, w, g, state.count)
+        def move(form: Format, w: jax.Array, change: jax.Array) -> jax.Array:
+            return keep_latent(form, w + change.astype(jnp.float32), step)
 
-        log_grads = _map_formats(formats, log_gradient, state.encoded, state.latent, grads)
-        log_steps, scale_state = scales.update(log_grads, state.scale_state, state.learned)
-        count = jnp.asarray(optax.safe_increment(state.count))
-
-        def learn(form: Format, log_scale: Any, change: Any, before: jax.Array, after: jax.Array) -> Any:
-            return next_logarithm(form, log_scale, change, before, after, count)
-
-        learned = _map_formats(formats, learn, state.learned, log_steps, state.latent, latent)
+        latent = map_formats(formats, move, masters, moves)
+        learned, scale_state = _learn(scales, state, grads, latent, step)
 
         def land(form: Format, e: Encoded, before: jax.Array, after: jax.Array, log_scale: Any) -> Encoded:
-            scale = next_scale(form, e.scale, before, after, log_scale, count)
-            return _encode(form, after, scale, count, e.dtype)
+            return _encode(form, after, next_scale(form, e.scale, before, after, log_scale, step), step, e.dtype)
 
-        encoded = _map_formats(formats, land, state.encoded, state.latent, latent, learned)
-        following = QuantizeState(count, inner_state, latent, encoded, learned, scale_state, state.formats)
-        used = _used_weights(following)
-        updates = _map_formats(
-            formats, lambda _, w, p, step: w.astype(jnp.float32) - p.astype(jnp.float32), used, params, steps, keep=2
+        landed = map_formats(formats, land, state.encoded, state.latent, latent, learned)
+        counted = map_formats(
+            formats,
+            lambda form, c, e, new: count_oscillation(form, c, e, new, step),
+            state.counted,
+            state.encoded,
+            landed,
         )
-        return updates, following
+        encoded = map_formats(formats, lambda form, c, e: freeze_codes(form, c, e, step), counted, landed)
+        latent = map_formats(formats, freeze_latent, counted, encoded, latent)
+        following = QuantizeState(step, inner_state, latent, encoded, learned, scale_state, counted, state.formats)
+
+        def difference(_: Format, used: jax.Array, p: jax.Array, change: jax.Array) -> jax.Array:
+            return used.astype(jnp.float32) - p.astype(jnp.float32)
+
+        return map_formats(formats, difference, _used_weights(following), params, moves, keep=2), following
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -153,11 +133,11 @@ def project(state: PyTree, params: PyTree | None = None) -> PyTree:
     """
     found = find(state)
     if params is None:
-        kept = sum(map(_is_masked, jax.tree.leaves(found.encoded, is_leaf=_is_node)))
+        kept = sum(map(is_masked, jax.tree.leaves(found.encoded, is_leaf=is_node)))
         if kept:
             raise ValueError(f"project(state): {kept} leaves are not quantized; call project(state, params)")
         return _used_weights(found)
-    return _map_formats(dict(found.formats), lambda _, used, p: used, _used_weights(found), params, keep=1)
+    return map_formats(dict(found.formats), lambda _, used, p: used, _used_weights(found), params, keep=1)
 
 
 eval_params = project
@@ -174,7 +154,7 @@ def view(params: PyTree, state: PyTree) -> PyTree:
         return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype)
 
     found = find(state)
-    return _map_formats(dict(found.formats), one, found.encoded, params, keep=1)
+    return map_formats(dict(found.formats), one, found.encoded, params, keep=1)
 
 
 def apply_updates(params: PyTree, updates: PyTree, state: PyTree) -> PyTree:
@@ -188,61 +168,66 @@ def apply_updates(params: PyTree, updates: PyTree, state: PyTree) -> PyTree:
     return project(state, plain)
 
 
-def latents(state: PyTree) -> PyTree:
-    """Return the float32 latents, a tree like params with `optax.MaskedNode` at leaves that are not quantized."""
-    return find(state).latent
+def with_latents(state: PyTree, latents: PyTree) -> PyTree:
+    """Return `state` as if its latents were `latents`, a float tree like params, with their codes and scales.
 
+    Scales are those that the new latents ask for, or as learned; frozen weights keep their codes. Leaves that no rule
+    quantizes are not looked at: give them to `project`.
+    """
 
-def export(state: PyTree) -> PyTree:
-    """Return (codes, scale) of each quantized leaf as `Encoded`, `optax.MaskedNode` elsewhere. Nothing is rounded."""
-    return find(state).encoded
+    def change(found: QuantizeState) -> QuantizeState:
+        formats, step = dict(found.formats), found.count
+
+        def land(form: Format, e: Encoded, w: jax.Array, log_scale: Any) -> Encoded:
+            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, e.dtype)
+
+        latent = map_formats(formats, lambda form, w: keep_latent(form, _widen(w), step), latents)
+        landed = map_formats(formats, land, found.encoded, latent, found.learned)
+        encoded = map_formats(formats, lambda form, c, e: freeze_codes(form, c, e, step), found.counted, landed)
+        latent = map_formats(formats, freeze_latent, found.counted, encoded, latent)
+        return replace(found, latent=latent, encoded=encoded)
+
+    return replace_state(state, change)
 
 
 @jax.jit
 def is_on_grid(params: PyTree, state: PyTree) -> jax.Array:
     """Return whether every quantized leaf of `params` equals decode(codes, scale) bitwise, boolean scalar."""
     found = find(state)
-    same = _map_formats(
+    same = map_formats(
         dict(found.formats), lambda _, e, p: (_bits(p) == _bits(e.decode())).all(), found.encoded, params
     )
     return jnp.array(jax.tree.leaves(same), bool).all()
 
 
-def find(state: PyTree) -> QuantizeState:
-    """Return the one `QuantizeState` inside the state of a chain, `MultiSteps`, `apply_if_finite` ….
-
-    Raises ValueError if there is none or more than one.
-    """
-    found = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(leaf)]
-    if len(found) != 1:
-        raise ValueError(f"expected one quantize(...) in the optimizer, found {len(found)}")
-    return found[0]
-
-
-def replace_state(state: PyTree, change: Callable[[QuantizeState], Any]) -> PyTree:
-    """Return `state` with its `QuantizeState` replaced by `change` of it."""
-    return jax.tree.map(lambda leaf: change(leaf) if _is_state(leaf) else leaf, state, is_leaf=_is_state)
-
-
-def _is_state(node: object) -> bool:
-    return isinstance(node, QuantizeState)
-
-
-def _is_node(node: object) -> bool:
-    return isinstance(node, Encoded | optax.MaskedNode)
-
-
 def _encode(form: Format, w: jax.Array, scale: jax.Array | None, step: jax.Array, dtype: str) -> Encoded:
     """Return latents as codes of the grid in force after `step` updates."""
     codes = at_step(form, step, lambda stage: encode(stage.grid, w, scale))
-    return Encoded(codes, scale, form.grid, dtype)
+    return Encoded(codes, scale, form.grid, dtype, form.held_dtype)
+
+
+def _learn(
+    scales: optax.GradientTransformation, state: QuantizeState, grads: PyTree, latent: PyTree, step: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """Return the logarithms of learned scales after update number `step`, and the state of their optimizer."""
+    formats = dict(state.formats)
+
+    def gradient(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> Any:
+        return logarithm_gradient(form, e.scale, w, g, state.count)
+
+    def change(form: Format, log_scale: Any, move: Any, before: jax.Array, after: jax.Array) -> Any:
+        return next_logarithm(form, log_scale, move, before, after, step)
+
+    log_grads = map_formats(formats, gradient, state.encoded, state.latent, grads)
+    moves, scale_state = scales.update(log_grads, state.scale_state, state.learned)
+    return map_formats(formats, change, state.learned, moves, state.latent, latent), scale_state
 
 
 def _used_weights(state: QuantizeState) -> PyTree:
     """Return the quantized leaves as the model uses them at the state's step, `optax.MaskedNode` elsewhere."""
-    return _map_formats(
+    return map_formats(
         dict(state.formats),
-        lambda form, e, w: annealed(form.rule, e.grid, w, e.codes, e.scale, e.dtype, state.count),
+        lambda form, e, w: annealed(form.rule, e.grid, _widen(w), e.codes, e.scale, e.dtype, state.count),
         state.encoded,
         state.latent,
     )
@@ -255,31 +240,12 @@ def _masters(latent: PyTree, params: PyTree) -> PyTree:
     """
     # A leaf that optax.masked hides from us is no array but a MaskedNode: the inner map walks over it and keeps it.
     return jax.tree.map(
-        lambda w, p: jax.tree.map(_widen, p) if _is_masked(w) else w, latent, params, is_leaf=_is_masked
+        lambda w, p: jax.tree.map(_widen, p) if is_masked(w) else _widen(w), latent, params, is_leaf=is_masked
     )
 
 
 def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def _is_masked(node: object) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _map_formats(formats: Mapping[str, Format], function: Callable, *trees: PyTree, keep: int | None = None) -> PyTree:
-    """Map over trees like params: `function(format, *leaves)` at quantized leaves.
-
-    Elsewhere the leaf of tree number `keep`, or `optax.MaskedNode`.
-    """
-
-    def one(key_path: tuple[Any, ...], *leaves: Any) -> Any:
-        form = formats.get(path_of(key_path))
-        if form is not None:
-            return function(form, *leaves)
-        return optax.MaskedNode() if keep is None else leaves[keep]
-
-    return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=_is_node)
 
 
 def _bits(x: jax.Array) -> jax.Array:

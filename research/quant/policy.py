@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from research.config import Rule
 from research.errors import UserError, nearest
+from research.padding import Padding
 from research.quant.activations import group_size
 from research.quant.grid import GRIDS, SCALES, Grid, Shape, bytes_of
 
@@ -23,13 +24,15 @@ STACKED = "le"
 class Leaf:
     """What a model tells of one parameter: its axis letters, which of them a product sums over, and its layout.
 
-    `logical`: size of each axis without padding; `shards`: into how many pieces the mesh splits each axis.
+    `logical`: size of each axis without padding; `shards`: into how many pieces the mesh splits each axis; `padding`:
+    where the logical indices lie, None: first on each axis.
     """
 
     axes: str
     contract: str
     logical: Shape
     shards: Shape
+    padding: Padding | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Format:
     """The grid of one tensor, and the shape and the numbers of its scale.
 
     `elements`: weights that share a scale, without padding; 0 for cast grids. `earlier`: grids that the tensor is on
-    before, each with the step that ends it.
+    before, each with the step that ends it. `path`, `size` and `padding`: of the tensor; how many weights it has, and
+    where they lie, without padding.
     """
 
     grid: Grid
@@ -46,6 +50,15 @@ class Format:
     rule: Rule
     elements: int = 0
     earlier: tuple[tuple[Grid, int], ...] = ()
+    path: str = ""
+    size: int = 0
+    padding: Padding | None = None
+
+    @property
+    def held_dtype(self) -> str:
+        """Dtype of codes where they aren't trained: int4, two to a byte, if those of every grid on the way fit."""
+        dtypes = {grid.held_dtype for grid in (self.grid, *(grid for grid, _ in self.earlier))}
+        return dtypes.pop() if len(dtypes) == 1 else self.grid.code_dtype
 
 
 @dataclass(frozen=True)
@@ -85,20 +98,25 @@ class Policy:
             _check_activation(path, shapes[path], leaf, rule)
             if grid.is_identity:
                 continue
-            if grid.is_scaled:
-                leaf = _known(leaf, path, shapes[path])
-                scale_shape = _scale_shape(path, shapes[path], leaf, rule.granularity)
-                elements = _elements(leaf, rule.granularity)
-                earlier = tuple((GRIDS[name], end) for name, end in rule.earlier_grids)
-                formats[path] = Format(grid, scale_shape, rule.granularity, rule, elements, earlier)
-            else:
-                formats[path] = Format(grid, (), "", rule)
+            formats[path] = _format(path, shapes[path], rule, grid, leaf)
         return formats
 
     def activation(self, path: str) -> str:
         """Return the grid of the activation that the weight at `path` multiplies, as in `Rule.activation`."""
         rule = self.rule(path)
         return rule.activation if rule else "none"
+
+
+def _format(path: str, shape: Shape, rule: Rule, grid: Grid, leaf: Leaf | None) -> Format:
+    padding = leaf.padding if leaf else None
+    size = prod(leaf.logical if leaf else shape)
+    if not grid.is_scaled:
+        return Format(grid, (), "", rule, path=path, size=size, padding=padding)
+    leaf = _known(leaf, path, shape)
+    scale_shape = _scale_shape(path, shape, leaf, rule.granularity)
+    earlier = tuple((GRIDS[name], end) for name, end in rule.earlier_grids)
+    elements = _elements(leaf, rule.granularity)
+    return Format(grid, scale_shape, rule.granularity, rule, elements, earlier, path, size, padding)
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -152,6 +170,16 @@ def _check(rule: Rule) -> None:
         raise UserError(
             f"quantization rule {rule.match!r}: recalibrate_every={rule.recalibrate_every},"
             f" hysteresis={rule.hysteresis} would have no effect: {reason}; leave them out"
+        )
+    if rule.latent != "float32" and GRIDS[rule.weight].is_identity:
+        raise UserError(
+            f"quantization rule {rule.match!r}: latent={rule.latent!r} would have no effect: fp32 has no latents; leave"
+            " it out"
+        )
+    if rule.counts_oscillation and GRIDS[rule.weight].code_dtype != "int8":
+        raise UserError(
+            f"quantization rule {rule.match!r}: oscillation is counted between integer codes, and {rule.weight} has"
+            " none; leave track_oscillation and freeze_above out"
         )
     if rule.anneal == "parq" and rule.earlier:
         raise UserError(
@@ -264,7 +292,7 @@ def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Covera
     activation = rule.activation if multiplied else "none"
     if form is None:
         return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * prod(shape))
-    code_bytes = bytes_of(prod(shape), form.grid.held_dtype)
+    code_bytes = bytes_of(prod(shape), form.held_dtype)
     scale_bytes = 2 * prod(form.scale_shape) if form.grid.is_scaled else 0
     names = " → ".join((*(grid.name for grid, _ in form.earlier), form.grid.name))
     return Coverage(path, shape, names, form.granularity, activation, rule.match, code_bytes + scale_bytes)

@@ -12,8 +12,8 @@ from research.config import Experiment
 from research.model.generate import cache_bytes_per_token
 from research.model.layers import tree_of
 from research.model.placement import abstract
-from research.quant.optimizer import find
 from research.quant.policy import coverage
+from research.quant.state import find
 from research.report import coverage_rows, describe_cache, describe_padding, render_coverage, render_memory, say
 from research.setup import Setup
 from research.train.step import make_optimizer, start_state
@@ -47,9 +47,10 @@ def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[
     quantized = find(state.optimizer)
     parts = {
         "parameters": state.params,
-        "float32 latents": quantized.latent,
+        "latents": quantized.latent,
         "codes and scales": quantized.encoded,
         "moments": quantized.inner_state,
+        "oscillation": quantized.counted,
         "gradients": abstract(floats, setup.table, mesh),
     }
     if experiment.train.distill:

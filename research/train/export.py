@@ -95,4 +95,4 @@ def _place(path: str, leaf: native.Leaf, setup: Setup, step: int) -> Any:
     assert form is not None
     codes = place(f"{path}/codes", leaf.codes, setup.table, setup.mesh)
     scale = None if leaf.scale is None else place(f"{path}/scale", leaf.scale, setup.table, setup.mesh)
-    return Encoded(codes, scale, form.grid, setup.train.param_dtype)
+    return Encoded(codes, scale, form.grid, setup.train.param_dtype, form.held_dtype)

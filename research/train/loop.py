@@ -101,7 +101,8 @@ def _check_finite(values: StepMetrics, number: int, limit: int) -> int:
 
 
 def _line(values: StepMetrics, speed: "_Speed") -> dict[str, Any]:
-    return {
+    oscillating = {f"oscillating/{path}": share for path, share in values.oscillating.items()}
+    return oscillating | {
         "loss": values.loss,
         "grad_norm": values.grad_norm,
         "learning_rate": values.learning_rate,

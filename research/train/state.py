@@ -22,8 +22,9 @@ from research.model.parameters import Parameter, parameter_table
 from research.model.placement import Table, abstract, abstract_weights, layout
 from research.padding import Padding
 from research.quant.nodes import Encoded, is_encoded, stored
-from research.quant.optimizer import export, find, project, replace_state
+from research.quant.optimizer import project
 from research.quant.policy import path_of
+from research.quant.state import export, find, replace_state
 from research.setup import Setup
 from research.tasks.task import Task
 from research.tokenizer import Tokenizer

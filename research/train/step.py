@@ -16,6 +16,7 @@ from research.model.placement import Table, shardings
 from research.quant.moments import moment_blocks, scale_by_adam_8bit
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
+from research.quant.state import oscillation
 from research.tasks.batches import Batch
 from research.train.metrics import LossSums, distillation_sums, loss_sums
 
@@ -43,6 +44,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # before clipping
     learning_rate: jax.Array
     nonfinite_in_a_row: jax.Array  # int32; 0 if this step was taken
+    oscillating: dict[str, jax.Array]  # share of the weights that oscillate, by path; where a rule counts it
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -195,6 +197,7 @@ def make_step(
             grad_norm=optax.tree.norm(gradients),
             learning_rate=learning_rate,
             nonfinite_in_a_row=optimizer_state.notfinite_count,
+            oscillating=oscillation(optimizer_state),
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
