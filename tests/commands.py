@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from compiled_programs import OPTIONS
@@ -69,10 +70,18 @@ class Done:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a user who set nothing, but for the cache of compiled programs that the suite shares."""
+    """The environment of a user who set nothing, but for how the suite compiles and where it keeps programs."""
     ours = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_", "COLUMNS"))}
     cache = {name.upper(): str(value) for name, value in OPTIONS.items()}
-    return {**ours, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+    quick = str(jax.config.read("jax_disable_most_optimizations"))
+    return {
+        **ours,
+        **cache,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": quick,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        **more,
+    }
 
 
 def start(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:

@@ -1,6 +1,6 @@
 """What every test stands on: eight simulated CPU devices, strict promotion of dtypes and ranks, repeatable examples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import hypothesis
 import jax
@@ -28,6 +28,21 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --optimized."""
+    parser.addoption("--optimized", action="store_true", help="compile the fast tests as users do, in twice the time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the fast tests without most optimizations: nearly all of their time is compilation.
+
+    .ci/run runs them both ways, because two programs may promise the same bits and keep the promise at one level only;
+    layouts and traffic come from the partitioner, which runs all the same. Tests with a marker compile as users do.
+    """
+    fast = "not slow" in config.getoption("markexpr")
+    jax.config.update("jax_disable_most_optimizations", fast and not config.getoption("--optimized"))
+
+
 # Long files first: one that begins last would run alone, on one of the cores.
 LONG_FILES = ("test_scripts.py", "test_step.py", "test_optimizer_exam.py", "test_transformer.py", "test_state.py")
 
@@ -52,16 +67,3 @@ def mesh_of() -> Callable[..., Mesh]:
         return make_mesh(MeshConfig(**sizes), axis_type=axis_type)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compile without most optimizations, in half the time, for modules that train on many meshes.
-
-    Layouts and traffic come from the partitioner, which runs all the same, and what is compared with bounds or between
-    runs of one program holds at any level. Where different programs promise the same bits (training and serving, the
-    exam of the optimizer), and in the real commands, programs are compiled as users do.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

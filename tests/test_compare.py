@@ -59,7 +59,7 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 @pytest.fixture
-def found(folder: Path, call: Call, quick_compilation: None) -> dict[str, Any]:
+def found(folder: Path, call: Call) -> dict[str, Any]:
     """What the comparison says; it is run by the first test that asks."""
     file = folder / "runs" / "tiny" / "comparison.json"
     if not file.exists():
@@ -126,7 +126,7 @@ def test_mistakes(folder: Path, found: dict[str, Any], call: Call) -> None:
     assert not (folder / "runs" / "x").exists() or not list((folder / "runs" / "x").glob("*.json"))
 
 
-def test_sensitivity_ranks_and_proposes(folder: Path, call: Call, quick_compilation: None) -> None:
+def test_sensitivity_ranks_and_proposes(folder: Path, call: Call) -> None:
     done = call("compare.py", "--config", "tiny.py", "--sensitivity", "--budget", "0.02")
     assert done.code == 0, done.err
     found = done.last

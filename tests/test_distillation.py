@@ -5,14 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny_training as tiny
 
 from research.model.placement import place_float
 from research.setup import make_setup, put_batch
 from research.train.step import Teacher, make_step
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def started() -> tiny.Run:

@@ -18,8 +18,6 @@ from research.model.layers import visible
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SLOW = pytest.mark.slow
 PROMPT = [5, 41, 7]
 DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)

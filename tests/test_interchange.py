@@ -38,7 +38,7 @@ MODEL = (tiny.OF_BLOCKS, byte_level())
 
 
 @pytest.fixture(scope="module")
-def run(quick_compilation: None) -> tiny.Run:
+def run() -> tiny.Run:
     """A run of two steps on a mesh that pads heads (9/3 become 12/4) and words (398 become 400)."""
     run = tiny.start(RULES, architecture=tiny.OF_BLOCKS, tensor=4)
     run.advance(2)

@@ -19,8 +19,6 @@ from research.setup import Setup, make_setup, put_batch
 from research.tasks.batches import Batch
 from research.train.metrics import answer_nll, answers_against_teacher, distillation_sums, loss_sums, token_nll
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SLOTS = 5  # answers per row; 8 rows
 CHUNKS = (8, 16, 10_000)  # answer positions: 1, 2 and all 5 of each row; the test of the gradient has 3
 

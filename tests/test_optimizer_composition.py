@@ -28,8 +28,6 @@ from research.quant import (
 )
 from research.quant.state import find, replace_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 6
 # One scaled and one cast grid, in both dtypes of params, and a leaf that stays float: one compilation examines all.
 POLICY = Policy(

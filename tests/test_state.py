@@ -39,8 +39,6 @@ from research.train.state import (
 )
 from research.train.step import TrainState, make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FP16 = (Rule(match=".*", weight="fp16"),)
 LEARNED = (
     Rule(match="layers/mlp/.*", weight="int4", estimator="clipped", learn_scale=True),

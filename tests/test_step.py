@@ -22,7 +22,6 @@ from research.setup import put_batch
 from research.train.step import make_schedule, make_step
 
 MESHES = ({"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4})
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS, LONG = 5, 20
 

@@ -98,9 +98,8 @@ def _program(
     train: TrainConfig,
     mesh_config: MeshConfig,
     tensor: int,
-    quick: bool,
 ) -> Run:
-    """Return a run that is copied by `start`, so that each program is compiled once a session and `quick` setting."""
+    """Return a run that is copied by `start`, so that each program is compiled once a session."""
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
         setup = make_setup(architecture, rules, train, mesh, padded_for={"tensor": tensor})
@@ -128,9 +127,8 @@ def start(
     **mesh_sizes: int,
 ) -> Run:
     """Return a run before its first step; `padded_for`: tensor ways to pad for, by default those of the mesh."""
-    quick = bool(jax.config.read("jax_disable_most_optimizations"))
     tensor = padded_for or mesh_sizes.get("tensor", 1)
-    program = _program(architecture, rules, train, MeshConfig(**mesh_sizes), tensor, quick)
+    program = _program(architecture, rules, train, MeshConfig(**mesh_sizes), tensor)
     with jax.set_mesh(program.mesh):
         if weights is not None:
             state = _state(program.setup, program.tx, weights, program.mesh)
