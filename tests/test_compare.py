@@ -126,6 +126,7 @@ def test_mistakes(folder: Path, found: dict[str, Any], call: Call) -> None:
     assert not (folder / "runs" / "x").exists() or not list((folder / "runs" / "x").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_sensitivity_ranks_and_proposes(folder: Path, call: Call) -> None:
     done = call("compare.py", "--config", "tiny.py", "--sensitivity", "--budget", "0.02")
     assert done.code == 0, done.err

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_training as tiny
 
 from research.model.placement import place_float
@@ -35,6 +36,7 @@ def gradients(run: tiny.Run) -> Any:
         return run.step.add(run.state, rows, run.step.zeros(), run.step.teacher_weights).gradients
 
 
+@pytest.mark.slow
 def test_the_share_mixes_both_losses() -> None:
     task, both, teacher = (gradients(run) for run in (started(), distilled(0.25), distilled(1.0)))
     for mixed, of_task, of_teacher in zip(*map(jax.tree.leaves, (both, task, teacher)), strict=True):

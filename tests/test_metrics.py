@@ -54,7 +54,7 @@ def plain_nll(setup: Setup, weights: Any, batch: Batch) -> jax.Array:
     return jnp.where(batch.answer_ba > 0, -picked_ba, 0)
 
 
-@pytest.mark.parametrize("tensor", (1, 4))
+@pytest.mark.parametrize("tensor", (1, pytest.param(4, marks=pytest.mark.slow)))
 def test_loss_and_gradient_are_those_of_the_full_logits(tensor: int) -> None:
     setup, weights = float_setup(tensor)
     used_ba = batch().answer_ba > 0

@@ -123,10 +123,9 @@ def test_encoding_moves_maxima_and_no_weights(mesh_of) -> None:
     assert sorted(moved) == [(2,), (2, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axis_type", "dtype"),
-    [(AxisType.Auto, "bfloat16"), pytest.param(AxisType.Explicit, "float32", marks=pytest.mark.slow)],
-    ids=["auto", "explicit"],
+    ("axis_type", "dtype"), [(AxisType.Auto, "bfloat16"), (AxisType.Explicit, "float32")], ids=["auto", "explicit"]
 )
 def test_structure_dtypes_and_shardings_are_stable(mesh_of, axis_type: AxisType, dtype: str) -> None:
     """Also where a step pins no sharding: what belongs to a weight stays where the weight lies."""

@@ -187,6 +187,7 @@ def test_evaluation_repeats_the_summary(evaluated: dict[str, Any], summary: dict
     assert evaluated["tokens"] > evaluated["examples"] > 0
 
 
+@pytest.mark.slow
 def test_evaluation_on_the_devices_that_the_user_simulates(folder: Path, evaluated: dict[str, Any]) -> None:
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     newest = checkpoints(folder / "runs" / "tiny")[-1].relative_to(folder)

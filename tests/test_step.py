@@ -64,14 +64,14 @@ def w8a8_bounds() -> np.ndarray:
     return bounds
 
 
-@_meshes(slow=("data4", "fsdp4", "tensor4"))
+@_meshes(slow=("data4", "fsdp4", "tensor4", "data2-tensor4"))
 def test_sharded_equals_single_in_float(sizes: dict[str, int], single: dict[str, list[float]]) -> None:
     losses = tiny.start(tiny.FLOAT, **sizes).advance(STEPS)
     # The project's promise for float policies; the sums of a step differ in their order only.
     np.testing.assert_allclose(losses, single["float"], rtol=1e-5)
 
 
-@_meshes(slow=("data4", "fsdp2-tensor2"))
+@_meshes(slow=("data4", "fsdp4", "fsdp2-tensor2", "data2-tensor4"))
 def test_sharded_equals_single_in_w8a8(
     sizes: dict[str, int], single: dict[str, list[float]], w8a8_bounds: np.ndarray
 ) -> None:
@@ -103,6 +103,7 @@ def _check_layout(run: tiny.Run) -> None:
     assert len([entry for entry in seen if entry[0] == "layers/attention/q_dnh"]) >= 5
 
 
+@pytest.mark.slow
 def test_gradients_arrive_in_the_layout_of_their_parameters() -> None:
     run = tiny.start(tiny.W8A8, fsdp=2, tensor=2)
     found: dict[str, Any] = {}
@@ -136,7 +137,7 @@ COLLECTIVES = {
 }
 
 
-@_meshes(slow=("data4", "fsdp2-tensor2", "data2-tensor4"))
+@_meshes(slow=("data4", "fsdp4", "fsdp2-tensor2", "data2-tensor4"))
 def test_collectives_of_a_step(sizes: dict[str, int]) -> None:
     run = tiny.start(tiny.W8A8, **sizes)
     with jax.set_mesh(run.mesh):
@@ -153,6 +154,7 @@ def test_collectives_of_a_step(sizes: dict[str, int]) -> None:
     assert found == COLLECTIVES[_name(sizes)]
 
 
+@pytest.mark.slow
 def test_padding_is_neutral_over_20_steps_on_one_device() -> None:
     plain, padded = tiny.start(tiny.FLOAT), tiny.start(tiny.FLOAT, padded_for=4)
     np.testing.assert_allclose(padded.advance(LONG), plain.advance(LONG), rtol=1e-6)

@@ -135,7 +135,7 @@ def test_groups_on_a_mesh_are_those_of_one_device(axis_type: AxisType, mesh_of: 
 
 PADDED = [
     pytest.param(tiny.GQA_9_3, tiny.FLOAT, "float", 1, marks=pytest.mark.slow),
-    (tiny.GQA_10_2, tiny.W8A8, "float", 2),
+    pytest.param(tiny.GQA_10_2, tiny.W8A8, "float", 2, marks=pytest.mark.slow),
     pytest.param(tiny.GQA_9_3, tiny.W8A8, "int8", 1, marks=pytest.mark.slow),
 ]
 
@@ -154,6 +154,7 @@ def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...],
     assert _worst(padded.unpad(gradients), expected_gradients) < PARITY
 
 
+@pytest.mark.slow
 def test_gradients_on_explicit_axes_keep_the_sharding_of_their_parameter(mesh_of: Callable[..., Mesh]) -> None:
     mesh = mesh_of(AxisType.Explicit, fsdp=2, tensor=4)
     model = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh)
@@ -236,6 +237,7 @@ def _trained(options: tuple[tuple[str, Any], ...]) -> tuple[np.ndarray, dict[str
     return logits_btv, model.unpad(gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_rematerialization_and_unrolling_change_nothing(options: dict[str, Any]) -> None:
     logits_btv, gradients = _trained(tuple(options.items()))
