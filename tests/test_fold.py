@@ -26,9 +26,7 @@ SHORT = ("--config.train.steps=1", "--config.evaluation.bootstrap_samples=2", "-
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick_compilation: None
-) -> Iterator[Call]:
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     yield from calls_in(make_project(tmp_path), monkeypatch, capsys)
 
 

@@ -249,7 +249,7 @@ def test_rematerialization_and_unrolling_change_nothing(options: dict[str, Any])
 def test_training_and_serving_compute_the_same_bits() -> None:
     """The forward inside a gradient, from values on the grid, and a forward from codes and scales: two programs."""
     served_btv = _logits(tiny.make(tiny.GQA_10_2, tiny.W8A8), _tokens())
-    for options in ((), *(tuple(options.items()) for options in OPTIONS)):
+    for options in ((), tuple(OPTIONS[0].items())):
         trained_btv, _ = _trained(options) if options else _single(tiny.GQA_10_2, tiny.W8A8)
         np.testing.assert_array_equal(trained_btv, served_btv)
 
