@@ -39,8 +39,9 @@ MODEL = (tiny.OF_BLOCKS, byte_level())
 
 @pytest.fixture(scope="module")
 def run() -> tiny.Run:
-    """A run before its first step on a mesh that pads heads (9/3 become 12/4) and words (398 become 400)."""
+    """A run of two steps on a mesh that pads heads (9/3 become 12/4) and words (398 become 400)."""
     run = tiny.start(RULES, architecture=tiny.OF_BLOCKS, tensor=4)
+    run.advance(2)
     assert run.state.params["layers"]["attention"]["q_dnh"].shape == (2, 64, 12, 32)
     return run
 
