@@ -37,7 +37,7 @@ def quantized(source: Any, rules: tuple[Rule, ...]) -> tuple[tiny.Tiny, dict[str
     model = tiny.make(source, rules)
     architecture = tiny.float_model(source).architecture
     setup = make_setup(architecture, rules, TrainConfig(), make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    return model, dict(stored_leaves(model.weights, setup))
+    return model, dict(stored_leaves(model.weights, setup, 0))
 
 
 def load(directory: Path) -> Any:

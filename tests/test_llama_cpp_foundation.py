@@ -89,7 +89,7 @@ def test_int8_in_groups_is_q8_0(tmp_path: Path, foundation: Foundation) -> None:
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     setup = make_setup(foundation.architecture, rules, TrainConfig(), mesh)
     model = tiny.make(FloatModel(foundation.architecture, foundation.read), rules)
-    leaves = dict(stored_leaves(model.weights, setup))
+    leaves = dict(stored_leaves(model.weights, setup, 0))
     path = tmp_path / "x.gguf"
     *_, line = write_gguf(path, leaves, foundation.architecture, foundation.tokenizer, "Q8_0")
     assert line.startswith("lossless")

@@ -133,7 +133,7 @@ class Step:
     """
 
     zeros: Callable[[], GradientSums]
-    add: Callable[[TrainState, Batch, GradientSums, Any], GradientSums]
+    add: Callable[..., GradientSums]
     update: Callable[[TrainState, GradientSums], tuple[TrainState, StepMetrics]]
     teacher_weights: Any = None
 
