@@ -16,7 +16,7 @@ from research.compare.scores import make_document_score, score_documents
 from research.config import Rule
 from research.model.placement import place_float
 from research.progress import Progress
-from research.quant.policy import path_of
+from research.quant.policy import leaves_by_path, path_of
 from research.setup import make_setup
 from research.tasks.scores import Score, bootstrap, nll_per_token
 from research.train.step import make_optimizer, make_state
@@ -173,13 +173,13 @@ def _round(bench: Bench, rules: tuple[Rule, ...], rule: Rule) -> _Rounded:
     setup = make_setup(bench.foundation.architecture, rules, bench.comparison.train, bench.mesh)
     tx = make_optimizer(bench.comparison.optimizer, bench.comparison.train, setup.policy, setup.table)
     state = make_state(tx, place_float(bench.foundation.read, setup.table, bench.mesh), setup.table, bench.mesh)
-    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    leaves = leaves_by_path(state.params)
     return _Rounded(rule, {path: leaves[path].astype(jnp.float32) for path in setup.formats}, bytes_by_path(setup))
 
 
 def _layer_alone(floats: Any, rounded: Mapping[str, jax.Array], layer: int) -> dict[str, jax.Array]:
     """Return the stacked leaves of `rounded`, of which only one layer is."""
-    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(floats)}
+    leaves = leaves_by_path(floats)
     return {path: _mix(leaves[path], leaf, layer) for path, leaf in rounded.items()}
 
 

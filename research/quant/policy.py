@@ -1,7 +1,7 @@
 """Rules: which tensor gets which grid, and the table that shows it. A rule that matches nothing is an error."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -124,9 +124,14 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Return {path: leaf} of a pytree."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
+
+
 def shapes_by_path(params: Any) -> dict[str, Shape]:
     """Return {path: shape} of a pytree of arrays."""
-    return {path_of(path): tuple(jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {path: tuple(jnp.shape(leaf)) for path, leaf in leaves_by_path(params).items()}
 
 
 def _check(rule: Rule) -> None:

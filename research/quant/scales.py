@@ -20,6 +20,7 @@ from research.quant.estimator import scale_gradient
 from research.quant.grid import block_sum, calibrate, round_scale
 from research.quant.policy import Format
 from research.quant.stages import at_step, switches
+from research.quant.state import is_masked
 
 
 def fresh_scale(form: Format, w: jax.Array, log_scale: Any, step: jax.Array) -> jax.Array | None:
@@ -27,7 +28,7 @@ def fresh_scale(form: Format, w: jax.Array, log_scale: Any, step: jax.Array) -> 
 
     `log_scale`: logarithm of a learned scale, or `MaskedNode`. A cast grid has no scale: None.
     """
-    return _calibrate(form, w, step) if _is_masked(log_scale) else _rounded(form, log_scale)
+    return _calibrate(form, w, step) if is_masked(log_scale) else _rounded(form, log_scale)
 
 
 def next_scale(
@@ -71,7 +72,7 @@ def next_logarithm(
 
     A block that was asleep begins anew, and every block as the grid changes.
     """
-    if _is_masked(log_scale):
+    if is_masked(log_scale):
         return log_scale
     anew = switches(form, step) | _asleep(form, before)
     return jnp.where(anew, first_logarithm(form, after, step), log_scale + change.astype(jnp.float32))
@@ -91,7 +92,3 @@ def _rounded(form: Format, log_scale: jax.Array) -> jax.Array:
 def _asleep(form: Format, w: jax.Array) -> jax.Array:
     """Whether each block is all zeros, boolean [*scale_shape]."""
     return block_sum(jnp.abs(w), form.scale_shape) == 0
-
-
-def _is_masked(node: object) -> bool:
-    return isinstance(node, optax.MaskedNode)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from research.architecture import Architecture
@@ -14,7 +13,7 @@ from research.formats import native
 from research.model.layers import tree_of
 from research.model.placement import place, unplace
 from research.quant.nodes import Encoded, is_encoded
-from research.quant.policy import Format, path_of
+from research.quant.policy import Format, leaves_by_path
 from research.quant.stages import stage_of
 from research.setup import Setup
 from research.tokenizer import Tokenizer
@@ -51,8 +50,7 @@ def stored_leaves(encoded: Any, setup: Setup, step: int) -> Mapping[str, native.
     `step`: updates that they have seen, which says of what grid codes are. Each access fetches that leaf, and keeps
     nothing.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(encoded, is_leaf=is_encoded)
-    return _Leaves({path_of(path): leaf for path, leaf in leaves}, setup, step)
+    return _Leaves(leaves_by_path(encoded, is_encoded), setup, step)
 
 
 def _name(form: Format, step: int) -> str:

@@ -23,7 +23,7 @@ from research.model.placement import Table, abstract, abstract_weights, layout
 from research.padding import Padding
 from research.quant.nodes import Encoded, is_encoded, stored
 from research.quant.optimizer import project
-from research.quant.policy import path_of
+from research.quant.policy import leaves_by_path, path_of
 from research.quant.state import export, find, replace_state
 from research.setup import Setup
 from research.tasks.task import Task
@@ -56,7 +56,7 @@ def checkpoint_items(state: TrainState) -> dict[str, Any]:
     that a resumed run is the same run.
     """
     rest = replace_state(state.optimizer, lambda quantized: replace(quantized, encoded=None))
-    params = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    params = leaves_by_path(state.params)
     annealed = tree_of({path: params[path] for path, form in find(state.optimizer).formats if form.rule.end_step})
     return {WEIGHTS: encoded_weights(state), OPTIMIZER: {"step": state.step, "state": rest, "annealed": annealed}}
 
@@ -141,7 +141,7 @@ def _rebuild(weights: Any, rest: Any, encoded_shapes: Any) -> TrainState:
     optimizer = replace_state(rest["state"], lambda quantized: replace(quantized, encoded=encoded))
     floats = jax.tree.map(lambda node: None if is_encoded(node) else node, weights, is_leaf=is_encoded)
     params = jax.jit(project)(optimizer, floats)
-    saved = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(rest["annealed"])}
+    saved = leaves_by_path(rest["annealed"])
     params = jax.tree_util.tree_map_with_path(lambda path, p: saved.get(path_of(path), p), params)
     return TrainState(rest["step"], params, optimizer)
 
