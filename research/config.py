@@ -104,7 +104,7 @@ class Rule:
     match: str
     """Regular expression for the whole path of a parameter."""
     weight: str = "fp32"
-    """Grid of the weight: fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, int8, int4, int3, int2, ternary or q4_0."""
+    """Grid of the weight: fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, int8, int4, int3, int2, ternary, q4_0 or q4_1."""
     earlier: tuple[str, ...] = ()
     """Grids before that of weight, each with the optimizer step that ends it: int8:100, int4:200."""
     granularity: str = "channel"

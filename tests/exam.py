@@ -88,12 +88,14 @@ FORMS = (
     Form("int3", "int3", "channel"),
     Form("int3 held", "int3", "channel", recalibrates=False, held=2, more={"hysteresis": 0.01}),
     Form("q4_0", "q4_0", "group:32"),
+    Form("q4_1", "q4_1", "group:32", plain_lands=False),  # a sum with an offset is rounded
     Form("int2", "int2", "group:32", recalibrates=False),
     Form("ternary", "ternary", "tensor", recalibrates=False),
 )
 LONG = (
     Form("int8 to int2", "int2", "group:32", recalibrates=False, more={"earlier": ("int8:60", "int4:130")}),
     Form("int4 frozen", "int4", "group:32", recalibrates=False, more={"freeze_above": 0.04, "latent": "bfloat16"}),
+    Form("q4_1 held", "q4_1", "group:32", plain_lands=False, recalibrates=False, held=2, more={"hysteresis": 0.01}),
     Form("bf16 small", "bf16", plain_lands=False, more={"latent": "bfloat16"}),
 )
 """Rows that take the whole exam, too, in programs of their own among the slow tests: they are slow to compile."""
@@ -246,15 +248,21 @@ def plain_apply(params: PyTree, updates: PyTree) -> PyTree:
 
 
 def reference_decode(encoded: Encoded) -> np.ndarray:
-    """Return what codes and scale stand for, computed in numpy: dtype(f32(code) · f32(scale)), zeros positive."""
+    """Return what an on-grid weight is in numpy: dtype(f32(code) · f32(scale) [+ f32(offset)]), zeros positive."""
     w = np.asarray(encoded.codes).astype(np.float32)
     if encoded.scale is not None:
-        scale = np.asarray(encoded.scale).astype(np.float32)
-        for axis, (size, blocks) in enumerate(zip(w.shape, scale.shape, strict=True)):
-            scale = np.repeat(scale, size // blocks, axis)
-        w = w * scale
+        w = w * _spread(encoded.scale, w.shape)
+    if encoded.offset is not None:
+        w = w + _spread(encoded.offset, w.shape)
     w = w.astype(ml_dtypes.bfloat16 if encoded.dtype == "bfloat16" else encoded.dtype)
     return np.where(w == 0, np.zeros_like(w), w)
+
+
+def _spread(scale: Any, shape: tuple[int, ...]) -> np.ndarray:
+    scale = np.asarray(scale).astype(np.float32)
+    for axis, (size, blocks) in enumerate(zip(shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, size // blocks, axis)
+    return scale
 
 
 def bits(x: Any) -> np.ndarray:

@@ -14,7 +14,8 @@ from research.config import Rule
 from research.errors import UserError
 from research.quant import Policy, apply_updates, export, is_on_grid, latents, project, quantize, view
 from research.quant.anneal import annealed, inverse_slope, progress
-from research.quant.grid import GRIDS, calibrate, encode, spread
+from research.quant.grid import GRIDS, calibrate, encode, find_offset, spread
+from research.quant.nodes import Encoded
 
 RULE = Rule(match="w", weight="int3", axes="do", contract="d", begin_step=2, end_step=6, anneal="parq")
 ANNEALING = ("none", "parq", "relax")
@@ -36,30 +37,39 @@ def reference_parq(w: np.ndarray, levels: np.ndarray, slope: float) -> np.ndarra
     return np.clip(middle + (w - middle) / slope, lower, upper)
 
 
-@pytest.mark.parametrize("grid", ["int4", "int3", "int2", "ternary", "q4_0"])
+def on_grid(name: str, w: jax.Array, scale_shape: tuple[int, ...]) -> Encoded:
+    """The weight as the optimizer holds it."""
+    grid = GRIDS[name]
+    scale, offset = calibrate(grid, w, scale_shape), find_offset(grid, w, scale_shape)
+    return Encoded(encode(grid, w, scale, offset), scale, grid, "float32", grid.held_dtype, offset)
+
+
+@pytest.mark.parametrize("grid", ["int4", "int3", "int2", "ternary", "q4_0", "q4_1"])
 def test_parq_is_the_map_of_its_paper(grid: str) -> None:
     w = np.random.default_rng(0).normal(size=(1, 512)).astype(np.float32)
-    scale = calibrate(GRIDS[grid], jnp.asarray(w), (1, 1))
-    assert scale is not None
-    codes, rule = encode(GRIDS[grid], jnp.asarray(w), scale), replace(RULE, weight=grid)
+    encoded, rule = on_grid(grid, jnp.asarray(w), (1, 1)), replace(RULE, weight=grid)
+    assert encoded.scale is not None
     levels = np.sort(np.arange(GRIDS[grid].smallest_code, GRIDS[grid].largest_code + 1, GRIDS[grid].code_step))
-    levels = np.sort(levels * float(scale[0, 0]))
+    offset = 0.0 if encoded.offset is None else float(encoded.offset[0, 0])
+    levels = np.sort(levels * float(encoded.scale[0, 0]) + offset)
     for step in (3, 4, 5):
         slope = float(inverse_slope(progress(rule, jnp.int32(step))))
-        found = annealed(rule, GRIDS[grid], jnp.asarray(w), codes, scale, "float32", jnp.int32(step))
-        np.testing.assert_allclose(found, reference_parq(w.astype(np.float64), levels, slope), atol=2e-6)
+        found = annealed(rule, encoded, jnp.asarray(w), jnp.int32(step))
+        # a weight in steps is rounded four times, to an ulp of the largest code, and the map is 1 / slope steep
+        ulp = np.spacing(np.float32(max(abs(GRIDS[grid].smallest_code), GRIDS[grid].largest_code)))
+        atol = 4 * float(ulp * np.float32(encoded.scale[0, 0])) / slope
+        np.testing.assert_allclose(found, reference_parq(w.astype(np.float64), levels, slope), rtol=0, atol=atol)
 
 
 def test_relax_is_a_straight_line() -> None:
     w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 3)), jnp.float32)
-    scale = calibrate(GRIDS["int3"], w, (1, 3))
-    assert scale is not None
-    codes = encode(GRIDS["int3"], w, scale)
-    on_grid = np.asarray(codes, np.float32) * np.asarray(spread(scale, (8, 3)), np.float32)
+    encoded = on_grid("int3", w, (1, 3))
+    assert encoded.scale is not None
+    rounded = np.asarray(encoded.codes, np.float32) * np.asarray(spread(encoded.scale, (8, 3)), np.float32)
     rule = replace(RULE, anneal="relax")
     for step, done in ((2, 0), (3, 0.25), (5, 0.75), (6, 1)):
-        found = annealed(rule, GRIDS["int3"], w, codes, scale, "float32", jnp.int32(step))
-        np.testing.assert_allclose(found, (1 - done) * np.asarray(w) + done * on_grid, atol=1e-7)
+        found = annealed(rule, encoded, w, jnp.int32(step))
+        np.testing.assert_allclose(found, (1 - done) * np.asarray(w) + done * rounded, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

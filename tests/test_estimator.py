@@ -16,7 +16,8 @@ from research.config import Rule
 from research.errors import UserError
 from research.quant import Policy, apply_updates, export, is_on_grid, latents, project, quantize
 from research.quant.estimator import pull_back, scale_gradient
-from research.quant.grid import GRIDS
+from research.quant.grid import GRIDS, encode
+from research.quant.nodes import Encoded
 from research.quant.policy import Format
 from research.quant.state import find
 
@@ -48,6 +49,11 @@ def _lsq_backward(saved: tuple[jax.Array, jax.Array], g_do: jax.Array) -> tuple[
 lsq.defvjp(_lsq_forward, _lsq_backward)
 
 
+def on_grid(form: Format, w: jax.Array, scale: jax.Array | None) -> Encoded:
+    """The weight as the optimizer holds it."""
+    return Encoded(encode(form.grid, w, scale), scale, form.grid, "float32", form.held_dtype)
+
+
 def numbers(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weights [d, o], float16 scales [1, o] so small that some weights lie beyond the grid, and a gradient."""
     rng = np.random.default_rng(seed)
@@ -58,24 +64,29 @@ def numbers(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def test_gradients_of_weights_and_scales_are_those_in_the_model() -> None:
     w_do, scale_1o, g_do = numbers(0)
-    ours = jax.jit(lambda w, s, g: (pull_back(FORMAT, w, s, g), scale_gradient(FORMAT, w, s, g)))
+
+    @jax.jit
+    def ours(w: jax.Array, s: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoded = on_grid(FORMAT, w, s)
+        return pull_back(FORMAT, w, encoded, g), scale_gradient(FORMAT, w, encoded, g)
+
     theirs = jax.jit(lambda w, s, g: jax.vjp(lsq, w, s.astype(jnp.float32))[1](g))
     for found, expected in zip(ours(w_do, scale_1o, g_do), theirs(w_do, scale_1o, g_do), strict=True):
         assert np.array_equal(bits(found), bits(expected))
     beyond = np.abs(np.asarray(w_do) / np.asarray(scale_1o, np.float32)) > LARGEST + 0.5
-    assert 0.01 < beyond.mean() < 0.9 and not np.asarray(pull_back(FORMAT, w_do, scale_1o, g_do))[beyond].any()
+    assert 0.01 < beyond.mean() < 0.9 and not np.asarray(ours(w_do, scale_1o, g_do)[0])[beyond].any()
 
 
 def test_identity_hands_the_gradient_over() -> None:
     w_do, scale_1o, g_do = numbers(1)
     identity = replace(FORMAT, rule=replace(LEARNED, estimator="identity"))
-    assert pull_back(identity, w_do, scale_1o, g_do) is g_do
+    assert pull_back(identity, w_do, on_grid(identity, w_do, scale_1o), g_do) is g_do
 
 
 def test_clipping_of_casts_begins_at_the_largest_number() -> None:
     form = Format(GRIDS["fp16"], (), "", Rule(match="w", weight="fp16", estimator="clipped"))
     w = jnp.asarray([65504.0, 65505.0, -1e6, 0.0], jnp.float32)
-    assert pull_back(form, w, None, jnp.ones(4, jnp.float32)).tolist() == [1, 0, 0, 1]
+    assert pull_back(form, w, on_grid(form, w, None), jnp.ones(4, jnp.float32)).tolist() == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("grid", ["int2", "ternary"])
@@ -93,7 +104,7 @@ def test_the_scale_follows_its_gradient_downhill(grid: str) -> None:
         codes = jnp.clip(nearest, GRIDS[grid].smallest_code, GRIDS[grid].largest_code)
         return codes * scale_1o - w_do
 
-    gradient = scale_gradient(form, w_do, scale_1o, error(scale_1o.astype(jnp.float32)))
+    gradient = scale_gradient(form, w_do, on_grid(form, w_do, scale_1o), error(scale_1o.astype(jnp.float32)))
     less = jnp.square(error(scale_1o.astype(jnp.float32) * 0.9)).sum(axis=0)
     more = jnp.square(error(scale_1o.astype(jnp.float32))).sum(axis=0)
     assert np.array_equal(np.asarray(gradient)[0] > 0, np.asarray(less < more))
@@ -138,7 +149,7 @@ def test_training_with_learned_scales_is_training_them_in_the_model() -> None:
     for x_bd, target_bo in batches:
         grads = gradient(params["w"], x_bd, target_bo)
         d_w, d_log = in_model_gradients(latent, log_1o, x_bd, target_bo)
-        pulled = pull_back(FORMAT, latents(state)["w"], export(state)["w"].scale, grads)
+        pulled = pull_back(FORMAT, latents(state)["w"], export(state)["w"], grads)
         assert np.array_equal(bits(pulled), bits(d_w["w"]))
         updates, state = step({"w": grads}, state, params)
         params = apply_updates(params, updates, state)
@@ -155,7 +166,7 @@ def test_training_with_learned_scales_is_training_them_in_the_model() -> None:
     assert np.array_equal(bits(params["w"]), bits(encoded.decode()))
 
 
-@pytest.mark.parametrize("grid", ["fp16", "q4_0", "fp32"])
+@pytest.mark.parametrize("grid", ["fp16", "q4_0", "q4_1", "fp32"])
 def test_a_scale_that_cannot_be_learned_is_an_error(grid: str) -> None:
     with pytest.raises(UserError, match=f"learn_scale=True, but {grid} has no scale"):
-        Policy((replace(LEARNED, weight=grid),))
+        Policy((replace(LEARNED, weight=grid, granularity="group:32"),))

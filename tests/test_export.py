@@ -34,13 +34,14 @@ GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a ch
 
 
 # A grid a leaf, because that costs two models for all of them; scales of any kind are float16 arrays.
-LEAVES = ("attention/q_dnh", "attention/o_nhd", "mlp/gate_df", "mlp/up_df", "mlp/down_fd")
+LEAVES = ("attention/q_dnh", "attention/k_dkh", "attention/o_nhd", "mlp/gate_df", "mlp/up_df", "mlp/down_fd")
 NUMBERS = {"attention/q_dnh": "bf16", "mlp/gate_df": "pow2"}
 SCALED, CASTS = ([name for name, grid in GRIDS.items() if grid.is_scaled is wanted] for wanted in (True, False))
+GRANULARITY = dict.fromkeys(GRIDS, "channel") | {"q4_1": "group:4"}
 EVERY_GRID = tuple(
     tuple(
-        Rule(match=f"layers/{leaf}", weight=name, scale=NUMBERS.get(leaf, ""))
-        for leaf, name in zip(LEAVES, names, strict=True)
+        Rule(match=f"layers/{leaf}", weight=name, scale=NUMBERS.get(leaf, ""), granularity=GRANULARITY[name])
+        for leaf, name in zip(LEAVES, names, strict=False)
     )
     for names in (SCALED[:5], [*SCALED[5:], *CASTS[1:]])
 )

@@ -12,8 +12,8 @@ from llama_cpp import LlamaCpp
 from tiny_tokenizers import byte_level
 
 from research.architecture import Architecture
-from research.formats import gguf, native
-from research.formats.gguf_blocks import Blocks, fits_q4_0, make_blocks
+from research.formats import gguf, gguf_blocks, native
+from research.formats.gguf_blocks import Blocks, fits, holder, make_blocks
 from research.formats.gguf_file import open_gguf
 from research.formats.model_source import leaf_shapes
 
@@ -69,9 +69,39 @@ def test_the_package_decodes_what_we_packed(type: str) -> None:
     np.testing.assert_array_equal(found, codes.astype(np.float32) * scale.astype(np.float32).repeat(32, 1))
 
 
-@pytest.mark.parametrize("codes, fits", (([-8, 7], True), ([-9, 0], False), ([0, 8], False)))
-def test_the_codes_of_q4_0(codes: list[int], fits: bool) -> None:
-    assert fits_q4_0(np.array(codes, np.int8)) == fits
+@pytest.mark.parametrize("codes, type", (([-8, 7], "Q4_0"), ([-9, 0], "Q8_0"), ([0, 8], "Q8_0"), ([0, 15], "Q4_1")))
+def test_the_type_that_holds_codes(codes: list[int], type: str) -> None:
+    held, has_offset = np.array(codes, np.int8), type == "Q4_1"
+    assert holder(held, has_offset) == type
+    others = {"Q4_0": {"Q4_0", "Q8_0"}}.get(type, {type})
+    assert {name for name in gguf_blocks.TYPES if fits(held, has_offset, name)} == others
+
+
+def affine_leaves() -> dict[str, native.Leaf]:
+    """A model whose matrices are affine, in groups of 32 inputs (of heads of 16, in the one column of each)."""
+    leaves = int4_leaves()
+    for path, leaf in leaves.items():
+        if isinstance(leaf, native.StoredLeaf) and leaf.scale is not None and "table" not in path:
+            offset = (-8 * leaf.scale).astype(np.float16) + np.float16(0.01)
+            leaves[path] = native.StoredLeaf(leaf.codes + np.int8(8), leaf.scale, "q4_1/group:32", offset)
+    return leaves
+
+
+def test_affine_matrices_are_q4_1(tmp_path: Path) -> None:
+    """Offsets lie behind scales; the package decodes code · scale + offset, in float32, as we do."""
+    leaves = affine_leaves()
+    written = write(tmp_path / "x.gguf", leaves, "Q4_1")
+    types = {path: entry.type for path, entry in written.items()}
+    assert types.pop("embed/table_vd") == "Q8_0" and all(entry.is_exact for entry in written.values())
+    assert all(type == ("F32" if "norm" in path else "Q4_1") for path, type in types.items())
+    assert open_gguf(tmp_path / "x.gguf").metadata["general.file_type"] == 3
+    found = gguf.open_model(tmp_path / "x.gguf")
+    for path, leaf in leaves.items():
+        assert bits(found.read(path)) == bits(native.decode(leaf)), path
+    line = one_line(lambda: write(tmp_path / "y.gguf", leaves, "Q4_0"))
+    assert "is q4_1/group:32 with codes 0 … 15 and offsets, which Q4_0 doesn't hold; type Q4_1 does, exactly" in line
+    line = one_line(lambda: write(tmp_path / "y.gguf", int4_leaves(), "Q4_1"))
+    assert "is int4/group:32 with codes -8 … 7 and no offsets, which Q4_1 doesn't hold; type Q4_0 does" in line
 
 
 def test_what_makes_no_block_is_named() -> None:
@@ -80,6 +110,7 @@ def test_what_makes_no_block_is_named() -> None:
     assert "x sums over 48 inputs" in one_line(lambda: make_blocks("x", codes[:, :48], scale[:, :48]))
     scale[1, 63] = 2
     assert "x has more than one scale in a block of 32" in one_line(lambda: make_blocks("x", codes, scale))
+    assert "x has more than one scale" in one_line(lambda: make_blocks("x", codes, np.ones_like(scale), scale))
     scale[1, 63] = np.inf
     assert "x has scales that are not finite" in one_line(lambda: make_blocks("x", codes, scale))
 
@@ -107,7 +138,8 @@ def test_a_matrix_of_int8_codes_is_no_q4_0(tmp_path: Path) -> None:
     assert isinstance(up, native.StoredLeaf)
     leaves["layers/mlp/up_df"] = replace(up, codes=up.codes * np.int8(2), format="int8/group:32")
     line = one_line(lambda: write(tmp_path / "x.gguf", leaves, "Q4_0"))
-    assert line.startswith("layers/mlp/up_df is int8/group:32 with codes -16 … 14, and Q4_0 has -8 … 7; type Q8_0")
+    assert line.startswith("layers/mlp/up_df is int8/group:32 with codes -16 … 14 and no offsets, which Q4_0 doesn't")
+    assert line.endswith("type Q8_0 does, exactly")
     leaves["embed/table_vd"] = native.decode(leaves["embed/table_vd"])
     assert "embed/table_vd is float, so that Q4_0" in one_line(lambda: write(tmp_path / "x.gguf", leaves, "Q4_0"))
 
@@ -119,9 +151,16 @@ def test_llama_cpp_computes_with_the_blocks(tmp_path: Path) -> None:
     """
     leaves, found = int4_leaves(), {}
     ids = byte_level().encode("Is this message spam or ham?")
-    for type in ("F32", "Q8_0", "Q4_0"):
-        write(tmp_path / f"{type}.gguf", leaves, type)
-        found[type] = LlamaCpp(tmp_path / f"{type}.gguf").log_probabilities(ids, SMALL.vocabulary)
+    for name, model in {"F32": leaves, "Q8_0": leaves, "Q4_0": leaves, "F32 affine": affine_leaves()}.items():
+        found[name] = _log_probabilities(tmp_path / f"{name}.gguf", model, name.split()[0], ids)
+    found["Q4_1"] = _log_probabilities(tmp_path / "Q4_1.gguf", affine_leaves(), "Q4_1", ids)
     assert np.isfinite(found["F32"]).all()
     np.testing.assert_allclose(found["Q4_0"], found["Q8_0"], rtol=0, atol=1e-4)  # sums of float32 in another order
     assert abs(found["Q8_0"] - found["F32"]).mean() < 0.06
+    assert abs(found["Q4_1"] - found["F32 affine"]).mean() < 0.06
+    assert abs(found["F32 affine"] - found["F32"]).mean() > 0.06, "the offsets count"
+
+
+def _log_probabilities(path: Path, leaves: dict[str, native.Leaf], type: str, ids: list[int]) -> np.ndarray:
+    write(path, leaves, type)
+    return LlamaCpp(path).log_probabilities(ids, SMALL.vocabulary)

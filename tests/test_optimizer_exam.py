@@ -180,6 +180,8 @@ def test_padding_is_neutral(form: Form) -> None:
     if plain.scale is not None:
         scale = encoded.scale if encoded.scale.size == 1 else HEADS_OF_SCALE.unpad(encoded.scale)
         assert same_bits(scale, plain.scale)
+    if plain.offset is not None:
+        assert same_bits(HEADS_OF_SCALE.unpad(encoded.offset), plain.offset)
 
 
 @pytest.mark.parametrize("params", [{}, (), {"a": {}, "b": ()}, {"gain": jnp.float32(3)}, jnp.float32(2)], ids=str)
@@ -220,6 +222,6 @@ def test_export_decodes_to_params_and_encoding_it_again_changes_nothing(long: bo
 
 
 def _decode_and_encode_again(encoded: Encoded, numbers: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    w = decode(encoded.grid, encoded.codes, encoded.scale, "float32")
+    w = decode(encoded.grid, encoded.codes, encoded.scale, "float32", encoded.offset)
     scale = None if encoded.scale is None else calibrate(encoded.grid, w, encoded.scale.shape, numbers=numbers)
-    return encoded.decode(), encode(encoded.grid, w, encoded.scale), scale
+    return encoded.decode(), encode(encoded.grid, w, encoded.scale, encoded.offset), scale

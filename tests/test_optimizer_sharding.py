@@ -109,7 +109,7 @@ def test_codes_and_scales_are_equal_on_every_mesh(mesh_of, table: str, single, n
 def test_encoding_moves_maxima_and_no_weights(mesh_of) -> None:
     """With the contracted axis split, scales of tensors and channels cost an all-reduce(max), groups nothing."""
     mesh, spec = mesh_of(tensor=8), (None, "tensor", None)
-    forms = tuple(form for form in QUANTIZED if form.name in ("tensor", "channel", "group", "q4_0"))
+    forms = tuple(form for form in QUANTIZED if form.name in ("tensor", "channel", "group", "q4_0", "q4_1"))
     tx = quantize(optax.sgd(0.5), policy((1, 8, 1), forms))
     params, grads = place(params_and_gradient(), mesh, spec)
     params, grads = ({form.name: tree[form.name] for form in forms} for tree in (params, grads))

@@ -114,6 +114,11 @@ def test_rules_that_do_not_fit_the_model_are_errors(rules: tuple[Rule, ...], mes
         (int8(granularity="chanel"), "granularity='chanel'; give tensor, channel or group:32"),
         (int8(granularity="group:0"), "granularity='group:0'"),
         (int8(granularity="group:32x"), "granularity='group:32x'"),
+        (Rule(match="a", weight="q4_1"), "q4_1 with granularity='channel', .*wants granularity='group:32'"),
+        (
+            Rule(match="a", weight="q4_1", granularity="group:32", earlier=("int8:9",)),
+            "q4_1 with .*earlier=.*no other grid before",
+        ),
         (int8(axes="io"), "axes='io', contract=''; give both or neither"),
         (int8(contract="i"), "axes='', contract='i'; give both or neither"),
     ],

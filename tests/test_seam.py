@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.model.seam import einsum
 from research.quant.activations import dequantize_tokens, quantize_groups, quantize_tokens
-from research.quant.grid import GRIDS, calibrate, encode
+from research.quant.grid import GRIDS, calibrate, encode, find_offset
 from research.quant.nodes import Encoded, Quantized, stored
 
 SIZES = {"b": 4, "t": 3, "a": 3, "d": 64, "n": 8, "h": 32, "f": 128, "v": 12}
@@ -54,12 +54,14 @@ def _scale_shape(subscripts: str, granularity: str) -> tuple[int, ...]:
 @lru_cache
 def _w(subscripts: str, granularity: str = "channel", grid: str = "int8") -> Encoded:
     w = _normal(_axes(subscripts)[1], seed=7)
-    scale = calibrate(GRIDS[grid], w, _scale_shape(subscripts, granularity)) if GRIDS[grid].is_scaled else None
-    return Encoded(encode(GRIDS[grid], w, scale), scale, GRIDS[grid], "float32", GRIDS[grid].held_dtype)
+    shape = _scale_shape(subscripts, granularity)
+    scale, offset = calibrate(GRIDS[grid], w, shape), find_offset(GRIDS[grid], w, shape)
+    codes = encode(GRIDS[grid], w, scale, offset)
+    return Encoded(codes, scale, GRIDS[grid], "float32", GRIDS[grid].held_dtype, offset)
 
 
 def _view(w: Encoded, value: jax.Array) -> Quantized:
-    return Quantized(value, w.codes, w.scale, w.grid, w.dtype)
+    return Quantized(value, w.codes, w.scale, w.grid, w.dtype, w.offset)
 
 
 def _quantized(subscripts: str, x: jax.Array, activation: str = "int8") -> tuple[jax.Array, jax.Array]:
@@ -74,7 +76,10 @@ def _product(subscripts: str, x: jax.Array, w, activation: str = "int8", dtype: 
 
 
 def _reference(subscripts: str, x: jax.Array, w: Encoded, activation: str = "int8") -> np.ndarray:
-    """The product in numpy from the same codes: int64 sums · s_x · s_w, or Σ sum · (s_x · s_w), block after block."""
+    """The product in numpy from the same codes: int64 sums · s_x · s_w, or Σ sum · (s_x · s_w), block after block.
+
+    With offsets each block adds (Σ codes_x · s_x) · offset.
+    """
     x_axes, w_axes, y_axes = _axes(subscripts)
     x_codes, x_scale = (np.asarray(part) for part in _quantized(subscripts, x, activation))
     w_codes, w_scale = np.asarray(w.codes), np.asarray(w.scale)
@@ -97,8 +102,15 @@ def _reference(subscripts: str, x: jax.Array, w: Encoded, activation: str = "int
         s_x = parts[2].astype(np.float32).reshape([SIZES[axis] if axis in x_axes else 1 for axis in y_axes])
         s_w = parts[3].astype(np.float32)
         s_w = s_w.reshape([s_w.shape[w_axes.index(axis)] if axis in w_axes else 1 for axis in y_axes])
-        term = sums * s_x * s_w if len(set(counts)) == 1 and counts[0] == 1 else sums * (s_x * s_w)
+        term = sums * s_x * s_w if set(counts) == {1} and w.offset is None else sums * (s_x * s_w)
         total = term if total is None else total + term
+        if w.offset is not None:
+            offset = part(np.asarray(w.offset, np.float32), w_axes, block)
+            offset = offset.reshape([offset.shape[w_axes.index(axis)] if axis in w_axes else 1 for axis in y_axes])
+            inputs = tuple(i for i, axis in enumerate(x_axes) if axis in contracted)
+            x_sums = parts[0].astype(np.int64).sum(axis=inputs).astype(np.float32)
+            x_sums = x_sums.reshape([SIZES[axis] if axis in x_axes else 1 for axis in y_axes])
+            total = total + (x_sums * s_x) * offset
     assert total is not None
     return total
 
@@ -108,6 +120,7 @@ WEIGHTS_AND_ACTIVATIONS = [
     ("int8", "group:32", "int8"),
     ("q4_0", "group:32", "int8:group:32"),
     ("int8", "channel", "int8:group:32"),
+    ("q4_1", "group:32", "int8:group:32"),
 ]
 
 

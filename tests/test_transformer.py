@@ -262,7 +262,9 @@ def test_training_and_serving_compute_the_same_bits_on_four_devices(mesh_of: Cal
 
 FOUR_BITS = (
     Rule(match=".*/down_fd", weight="ternary"),
-    Rule(match=".*attention.*", weight="q4_0", granularity="group:4", activation="int8:group:4"),
+    Rule(match=".*attention/[qo].*", weight="q4_0", granularity="group:4", activation="int8:group:4"),
+    Rule(match=".*attention.*", weight="q4_1", granularity="group:4", activation="int8"),
+    Rule(match="embed/.*", weight="q4_1", granularity="group:4", activation="int8:group:4"),
     Rule(match=".*", weight="int4", activation="int8"),
 )
 
@@ -280,7 +282,7 @@ def test_codes_of_four_bits_take_half_a_byte_and_change_nothing(
         taken = forward.lower(served, tokens_bt).compile().memory_analysis().argument_size_in_bytes
     # of the program that reads them: what arrays say of their own size counts whole bytes
     assert bytes_per_device(served) == taken - bytes_per_device(tokens_bt)
-    codes = [leaf for leaf in jax.tree.leaves(served) if leaf.dtype == jnp.int4]
+    codes = [leaf for leaf in jax.tree.leaves(served) if leaf.dtype in (jnp.int4, jnp.uint4)]
     assert len(codes) == 8 and sum(map(array_bytes, codes)) == sum(leaf.size for leaf in codes) // 2
 
 

@@ -19,7 +19,7 @@ from research.model.folding import FloatModel
 from research.model.layers import Settings, tree_of
 from research.model.placement import shardings
 from research.model.transformer import Transformer, graph_of, make_settings
-from research.quant.grid import calibrate, encode
+from research.quant.grid import calibrate, encode, find_offset
 from research.quant.nodes import Encoded, Quantized, is_encoded, stored
 from research.quant.policy import Format, Policy
 
@@ -58,7 +58,7 @@ class Tiny:
         """The weights as the training step calls the model with them: value, codes and scales."""
 
         def one(w: Any, p: jax.Array) -> Any:
-            return Quantized(p, w.codes, w.scale, w.grid, w.dtype) if is_encoded(w) else p
+            return Quantized(p, w.codes, w.scale, w.grid, w.dtype, w.offset) if is_encoded(w) else p
 
         return jax.tree.map(one, self.weights, params, is_leaf=is_encoded)
 
@@ -154,7 +154,8 @@ def _encode(w: jax.Array, form: Format | None) -> Any:
     if form is None:
         return w
     scale = calibrate(form.grid, w, form.scale_shape, numbers=form.rule.scale, elements=form.elements)
-    return Encoded(encode(form.grid, w, scale), scale, form.grid, "float32", form.held_dtype)
+    offset = find_offset(form.grid, w, form.scale_shape)
+    return Encoded(encode(form.grid, w, scale, offset), scale, form.grid, "float32", form.held_dtype, offset)
 
 
 def _map_encoded(function: Callable[[Encoded], Any], weights: dict[str, Any]) -> dict[str, Any]:

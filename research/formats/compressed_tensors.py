@@ -112,6 +112,8 @@ def write(
 
 def _check_fit(path: str, leaf: native.StoredLeaf, type: str) -> None:
     assert leaf.scale is not None
+    if leaf.offset is not None:
+        raise UserError(f"{path} is {leaf.format}, whose offsets {type} has no place for; GGUF's type Q4_1 holds them")
     if not np.isfinite(leaf.scale).all():
         raise UserError(f"{path} has scales that are not finite; export a step from before the run diverged")
     scheme, holder = TYPES[type], "w4a16" if TYPES["w4a16"].fits(leaf.codes) else "w8a16"

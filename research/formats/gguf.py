@@ -33,6 +33,7 @@ TYPES = {
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
 }
 _EXACT = {np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 _TABLES = ("embed/table_vd", "head/table_vd")
@@ -282,10 +283,10 @@ def _blocks_of(path: str, shape: tuple[int, ...], stored: native.StoredLeaf) -> 
     assert stored.scale is not None
     check_shape("GGUF export", path, stored.codes.shape, shape)
     leaf, codes = _BY_PATH[path], _layers(path, stored.codes)
-    scales = _layers(path, stored.scale)
+    parts = [_layers(path, part) for part in (stored.scale, stored.offset) if part is not None]
     for i, layer in enumerate(codes):
-        scale = native.spread(scales[i * len(scales) // len(codes)], layer.shape)
-        yield gguf_blocks.make_blocks(path, to_rows(leaf, layer), to_rows(leaf, scale))
+        spread = (native.spread(part[i * len(part) // len(codes)], layer.shape) for part in parts)
+        yield gguf_blocks.make_blocks(path, to_rows(leaf, layer), *(to_rows(leaf, part) for part in spread))
 
 
 def _layers(path: str, x: np.ndarray) -> np.ndarray:
@@ -309,14 +310,14 @@ def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, typ
         )
     for _ in _blocks_of(path, shape, stored):
         pass  # raises where they don't fit
-    if type == "Q4_0" and not gguf_blocks.fits_q4_0(stored.codes):
-        if path in _TABLES:
-            return "Q8_0"
-        raise UserError(
-            f"{path} is {stored.format} with codes {stored.codes.min()} … {stored.codes.max()}, and Q4_0 has -8 … 7;"
-            " type Q8_0 holds it exactly"
-        )
-    return type
+    has_offset = stored.offset is not None
+    if gguf_blocks.fits(stored.codes, has_offset, type):
+        return type
+    holder = gguf_blocks.holder(stored.codes, has_offset)
+    if path in _TABLES and type in gguf_blocks.FOUR_BITS:
+        return holder
+    found = f"codes {stored.codes.min()} … {stored.codes.max()} and {'' if has_offset else 'no '}offsets"
+    raise UserError(f"{path} is {stored.format} with {found}, which {type} doesn't hold; type {holder} does, exactly")
 
 
 def _encode(path: str, rows: np.ndarray, type: gguf.GGMLQuantizationType) -> tuple[np.ndarray, bool]:

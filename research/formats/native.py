@@ -2,8 +2,9 @@
 
 Nothing is computed anew on the way to the file or back: the codes and scales that the optimizer held come back bit for
 bit. A leaf `path` is stored as `path.codes` (int8 or an 8-bit float, or the 16-bit float of a grid that is a cast) and
-`path.scale` (fp16), or as `path` where it has no codes. Codes of a grid within -8 … 7 are `path.nibbles` instead: uint8
-with one axis, code 2i in the low four bits of byte i, code 2i + 1 in the high ones, two's complement, in C order.
+`path.scale` (fp16), with `path.offset` (fp16) of an affine grid, or as `path` where it has no codes. Codes of a grid
+of four bits are `path.nibbles` instead: uint8 with one axis, code 2i in the low four bits of byte i, code 2i + 1 in
+the high ones, in C order; -8 … 7 in two's complement, 0 … 15 where there is an offset.
 
 config.json beside it says how to read them and carries a SHA-256 of every file, itself included; opening an export
 verifies all of them, because a flipped byte in a weight is silent otherwise.
@@ -30,8 +31,8 @@ from research.quant.grid import GRIDS
 from research.tokenizer import Tokenizer
 
 FORMAT = "research-quantized"
-VERSION = 2
-"""1 had no nibbles."""
+VERSION = 3
+"""1 had no nibbles, 2 no offsets."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CAST_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -45,12 +46,13 @@ class StoredLeaf:
     `codes` is int8 or an 8-bit float, or float16 / bfloat16 where the grid is a cast. `scale` is float16, of the same
     rank as `codes`; each of its axes has a size that divides that of the codes, and element j of an axis of n codes and
     m scales uses scale j // (n // m). It is None for a cast. `format` names grid and granularity, e.g. "int8/channel"
-    or "fp16".
+    or "fp16". `offset`: like `scale`, what code 0 of an affine grid stands for; None for other grids.
     """
 
     codes: np.ndarray
     scale: np.ndarray | None
     format: str
+    offset: np.ndarray | None = None
 
 
 Leaf = np.ndarray | StoredLeaf
@@ -72,12 +74,15 @@ class StoredLeaves(Mapping[str, Leaf]):
         form = self.formats[path]
         if form is None:
             return read_tensor(self.file, path)
-        scale = read_tensor(self.file, f"{path}.scale") if f"{path}.scale" in self.names else None
+        scale, offset = (
+            read_tensor(self.file, f"{path}.{part}") if f"{path}.{part}" in self.names else None
+            for part in ("scale", "offset")
+        )
         if f"{path}.nibbles" in self.names:
-            codes = _unpack(read_tensor(self.file, f"{path}.nibbles"), self.shapes[path])
+            codes = _unpack(read_tensor(self.file, f"{path}.nibbles"), self.shapes[path], is_signed=offset is None)
         else:
             codes = read_tensor(self.file, f"{path}.codes")
-        return StoredLeaf(codes, scale, form)
+        return StoredLeaf(codes, scale, form, offset)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.formats)
@@ -98,17 +103,27 @@ class Export:
 
 
 def decode(leaf: Leaf) -> np.ndarray:
-    """Return the values of a leaf, float32(code) · float32(scale); codes never become a negative zero."""
+    """Return the values of a leaf, float32(code) · float32(scale) [+ float32(offset)]; no zero is a negative one."""
     if isinstance(leaf, np.ndarray):
         return leaf.astype(np.float32)
-    values = leaf.codes.astype(np.float32, order="C")  # so that the reshape below is a view
+    values = leaf.codes.astype(np.float32, order="C")  # so that the views below are of it
     if leaf.scale is not None:
-        scale = leaf.scale.astype(np.float32)
-        # Each axis of n codes and m scales is seen as [m, n/m]: the scale is broadcast, not repeated in memory.
-        split = [size for n, m in zip(values.shape, scale.shape, strict=True) for size in (m, n // m)]
-        values.reshape(split)[...] *= scale.reshape([size for m in scale.shape for size in (m, 1)])
+        blocks, scale = _in_blocks(values, leaf.scale)
+        blocks *= scale
+    if leaf.offset is not None:
+        blocks, offset = _in_blocks(values, leaf.offset)
+        blocks += offset
     values += np.float32(0.0)  # -0.0 + 0.0 is 0.0; all other values stay
     return values
+
+
+def _in_blocks(values: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a view of `values` with each axis of n split as [m, n/m], m its scales, and the scale, float32, for it.
+
+    So that the scale is broadcast, not repeated in memory.
+    """
+    split = [size for n, m in zip(values.shape, scale.shape, strict=True) for size in (m, n // m)]
+    return values.reshape(split), scale.astype(np.float32).reshape([size for m in scale.shape for size in (m, 1)])
 
 
 def spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -130,7 +145,7 @@ def write(
     Args:
         directory: must not exist, or be empty.
         leaves: every leaf of `architecture`, of its logical, stacked shape: a float32, float16 or bfloat16 numpy
-            array, or anything with the attributes of a `StoredLeaf`. Asked for one at a time, and more than once.
+            array, or a `StoredLeaf`. Asked for one at a time, and more than once.
         metadata: JSON values, given back by `read` (tuples as lists).
 
     Raises:
@@ -210,46 +225,56 @@ def _tensors(path: str, leaf: Leaf) -> dict[str, np.ndarray]:
     if isinstance(leaf, np.ndarray):
         return {path: leaf}
     codes, grid = np.asarray(leaf.codes), GRIDS.get(leaf.format.split("/")[0])
-    packed = grid is not None and grid.held_dtype == "int4"
-    tensors = {f"{path}.nibbles": _pack(codes)} if packed else {f"{path}.codes": codes}
-    return tensors if leaf.scale is None else {**tensors, f"{path}.scale": np.asarray(leaf.scale)}
+    packed = grid is not None and grid.held_dtype in ("int4", "uint4")
+    tensors = {f"{path}.nibbles": _pack(codes, leaf.offset is None)} if packed else {f"{path}.codes": codes}
+    parts = {f"{path}.scale": leaf.scale, f"{path}.offset": leaf.offset}
+    return tensors | {name: np.asarray(part) for name, part in parts.items() if part is not None}
 
 
-def _pack(codes: np.ndarray) -> np.ndarray:
-    """Return codes from -8 to 7 two to a byte, uint8 [⌈n / 2⌉]."""
-    if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
+def _pack(codes: np.ndarray, is_signed: bool) -> np.ndarray:
+    """Return codes from -8 to 7, or from 0 to 15, two to a byte, uint8 [⌈n / 2⌉]."""
+    smallest, largest = (-8, 7) if is_signed else (0, 15)
+    if codes.min(initial=0) < smallest or codes.max(initial=0) > largest:
         raise ValueError(f"codes {codes.min()} … {codes.max()} don't fit in four bits")
     flat = codes.reshape(-1).view(np.uint8) & 15
     low, high = flat[::2], flat[1::2]
     return low | (np.pad(high, (0, len(low) - len(high))) << 4)
 
 
-def _unpack(nibbles: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _unpack(nibbles: np.ndarray, shape: tuple[int, ...], is_signed: bool) -> np.ndarray:
     """Return the codes of `shape` that `_pack` made bytes of, int8."""
     flat = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(-1)[: prod(shape)]
-    return ((flat ^ 8).view(np.int8) - np.int8(8)).reshape(shape)
+    codes = (flat ^ 8).view(np.int8) - np.int8(8) if is_signed else flat.view(np.int8)
+    return codes.reshape(shape)
 
 
 def _check_leaf(path: str, shape: tuple[int, ...], leaf: Leaf) -> None:
-    floats = isinstance(leaf, np.ndarray)
-    values, scale = (leaf, None) if isinstance(leaf, np.ndarray) else (np.asarray(leaf.codes), leaf.scale)
+    values = leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf.codes)
     if values.shape != shape:
         raise ValueError(f"{path} has shape {values.shape}, the architecture implies {shape}; drop the padding")
-    if floats:
+    if isinstance(leaf, np.ndarray):
         if values.dtype not in (np.float32, *_CAST_DTYPES):
             raise ValueError(f"{path} is {values.dtype}; a leaf without codes is float32, float16 or bfloat16")
-    elif values.dtype not in _SCALED_DTYPES and (values.dtype not in _CAST_DTYPES or scale is not None):
-        raise ValueError(f"{path} has {values.dtype} codes; they have 8 bits, or are float16 or bfloat16 with no scale")
-    elif values.dtype in _SCALED_DTYPES and (scale is None or scale.dtype != np.float16):
-        raise ValueError(f"{path} has {values.dtype} codes, but no float16 scale")
-    if scale is not None and (
-        scale.ndim != values.ndim or any(n % m for n, m in zip(values.shape, scale.shape, strict=True))
-    ):
-        raise ValueError(f"{path}: scale of shape {scale.shape} does not divide codes of shape {values.shape}")
-    tensors = {path if floats else f"{path}.codes": values, f"{path}.scale": scale}
+        tensors = {path: values}
+    else:
+        _check_codes(path, values, leaf)
+        tensors = {f"{path}.codes": values, f"{path}.scale": leaf.scale, f"{path}.offset": leaf.offset}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != np.int8 and not np.isfinite(tensor).all():
             raise UserError(f"{name} holds values that are not finite; export a step from before the run diverged")
+
+
+def _check_codes(path: str, codes: np.ndarray, leaf: StoredLeaf) -> None:
+    if codes.dtype not in _SCALED_DTYPES and (codes.dtype not in _CAST_DTYPES or leaf.scale is not None):
+        raise ValueError(f"{path} has {codes.dtype} codes; they have 8 bits, or are float16 or bfloat16 with no scale")
+    if codes.dtype in _SCALED_DTYPES and (leaf.scale is None or leaf.scale.dtype != np.float16):
+        raise ValueError(f"{path} has {codes.dtype} codes, but no float16 scale")
+    if leaf.scale is not None and (
+        leaf.scale.ndim != codes.ndim or any(n % m for n, m in zip(codes.shape, leaf.scale.shape, strict=True))
+    ):
+        raise ValueError(f"{path}: scale of shape {leaf.scale.shape} does not divide codes of shape {codes.shape}")
+    if leaf.offset is not None and (leaf.scale is None or TensorSpec.of(leaf.offset) != TensorSpec.of(leaf.scale)):
+        raise ValueError(f"{path}: offset of shape {leaf.offset.shape}, {leaf.offset.dtype} is none like its scale")
 
 
 def _verified_config(directory: Path) -> dict[str, Any]:

@@ -118,10 +118,12 @@ def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Ar
         return x_vd.at[tokens_bt].get(out_sharding=explicit(spec))
 
     if isinstance(table_vd, Quantized) and table_vd.value is None:
-        scale = table_vd.scale
-        if scale is not None:
-            scale = take(scale) if scale.shape[0] > 1 else scale[None]
-        return Quantized(None, take(table_vd.codes), scale, table_vd.grid, table_vd.dtype).dense()
+
+        def take_blocks(x_vd: jax.Array) -> jax.Array:
+            return take(x_vd) if x_vd.shape[0] > 1 else x_vd[None]
+
+        scale, offset = jax.tree.map(take_blocks, (table_vd.scale, table_vd.offset))
+        return Quantized(None, take(table_vd.codes), scale, table_vd.grid, table_vd.dtype, offset).dense()
     return take(dense(table_vd))
 
 

@@ -22,7 +22,7 @@ from research.quant.policy import Format, path_of
 
 Table = Mapping[str, Parameter]
 
-PARTS = ("codes", "scale", "frequency", "average", "direction")
+PARTS = ("codes", "scale", "offset", "frequency", "average", "direction")
 """Names of the arrays that one parameter may have in the place of itself."""
 
 
@@ -125,9 +125,10 @@ def abstract_weights(table: Table, formats: Mapping[str, Format], dtype: str, me
         form = formats.get(path)
         if form is None:
             return jax.ShapeDtypeStruct(parameter.shape, np.float32)
-        scale = jax.ShapeDtypeStruct(form.scale_shape, np.float16) if form.grid.is_scaled else None
+        numbers = jax.ShapeDtypeStruct(form.scale_shape, np.float16)
+        scale, offset = numbers if form.grid.is_scaled else None, numbers if form.grid.is_affine else None
         codes = jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(form.grid.code_dtype))
-        return Encoded(codes, scale, form.grid, dtype, form.held_dtype)  # pyright: ignore[reportArgumentType]
+        return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset)  # pyright: ignore[reportArgumentType]
 
     return abstract(tree_of({path: one(path, parameter) for path, parameter in table.items()}), table, mesh)
 

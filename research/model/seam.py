@@ -3,7 +3,7 @@
 Where both sides are int8 the product is `(Σ codes_x · codes_w) · s_x · s_w`, the sum in int32, in training and in
 serving alike; so the numbers that are trained are the numbers that are served, bit for bit. With groups along the
 contraction, of the weight, the activation or both, there is one such product for each group, and they are added in
-float32, in order.
+float32, in order. A weight with offsets adds `(Σ codes_x) · s_x · offset` to each.
 """
 
 from dataclasses import dataclass
@@ -162,7 +162,7 @@ def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quant
     """Integer sums, then · s_x, then · s_w, in float32; one cast at the end."""
     assert w.scale is not None
     blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
-    if blocks > 1:
+    if blocks > 1 or w.offset is not None:
         return _sum_over_blocks(product, blocks, x_codes, x_scale, w).astype(product.dtype)
     w_codes = w.codes.astype(jnp.int8)  # no backend multiplies what it holds in four bits
     sums = _einsum(product.subscripts, x_codes, w_codes, product.spec, "int32").astype(jnp.float32)
@@ -175,6 +175,8 @@ def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quant
 def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
     """Return Σ over blocks of f32(Σ codes_x · codes_w) · (s_x · s_w), float32, one block added after the other.
 
+    With offsets each block adds (f32(Σ codes_x) · s_x) · offset, too.
+
     A device adds the blocks that it holds, and where the mesh splits the contraction the devices' sums are added last.
     It is a loop, because the sums of all blocks at once take many times the memory of the output, and more time.
     """
@@ -184,22 +186,36 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
     split = partial(_split, product, ways, blocks)
     factors = split(product.x, x_codes), split(product.w, w.codes)
     scales = split(product.x, x_scale), split(product.w, w.scale)
+    offsets = None if w.offset is None else split(product.w, w.offset)
     spec = PartitionSpec(way, *(product.entry(axis) for axis in product.y))
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
         (x_axes, x), (w_axes, w) = (_take(number, *factor) for factor in factors)
         sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w.astype(jnp.int8), spec, "int32").astype(jnp.float32)
-        (x_axes, s_x), (w_axes, s_w) = (_take(number, *scale) for scale in scales)
-        s_x = jnp.einsum(f"{x_axes}->{WAY}{product.rows}", s_x.astype(jnp.float32))
-        s_w = jnp.einsum(f"{w_axes}->{WAY}{product.columns}", s_w.astype(jnp.float32))
-        s_x, s_w = _beside(product, s_x, s_w)
-        term = sums * (s_x * s_w)
-        # A selection, lest the compiler fuse product and sum into one rounding in one program and not in the next.
-        return total + jnp.where(term == 0, 0.0, term)
+        x_scale, w_scale = of_block(number, scales[0], product.rows), of_block(number, scales[1], product.columns)
+        s_x, s_w = _beside(product, x_scale, w_scale)
+        total = _plus(total, sums * (s_x * s_w))
+        if offsets is None:
+            return total
+        x_sums = jnp.einsum(f"{x_axes}->{WAY}{product.rows}", x.astype(jnp.int32)).astype(jnp.float32)
+        x_sums, offset = _beside(product, x_sums * x_scale, of_block(number, offsets, product.columns))
+        return _plus(total, x_sums * offset)
+
+    def of_block(number: jax.Array, scales: tuple[str, jax.Array], kept: str) -> jax.Array:
+        axes, scale = _take(number, *scales)
+        return jnp.einsum(f"{axes}->{WAY}{kept}", scale.astype(jnp.float32))
 
     sizes = dict(zip(product.x, x_codes.shape, strict=True)) | dict(zip(product.w, w.codes.shape, strict=True))
     nothing = jnp.zeros((ways, *(sizes[axis] for axis in product.y)), jnp.float32)
     return jax.lax.fori_loop(0, blocks // ways, add, _place(nothing, spec)).sum(axis=0)
+
+
+def _plus(total: jax.Array, term: jax.Array) -> jax.Array:
+    """Return the sum of both, the term rounded before it is added.
+
+    A selection, lest the compiler fuse product and sum into one rounding in one program and not in the next.
+    """
+    return total + jnp.where(term == 0, 0.0, term)
 
 
 # Axes that the contracted ones are split into; in capitals, because they are in no alphabet of a model.

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from research.config import Rule
-from research.quant.grid import Grid, decode, in_steps, spread
+from research.quant.grid import Grid, from_steps, in_steps
+from research.quant.nodes import Encoded
 
 STEEPNESS = 10.0
 """Of the sigmoid that PARQ's inverse slope follows; 1 is nearly linear, 20 nearly a step."""
@@ -33,23 +34,22 @@ def inverse_slope(done: jax.Array) -> jax.Array:
     return (sigmoid - low) / (high - low)
 
 
-def annealed(
-    rule: Rule, grid: Grid, w: jax.Array, codes: jax.Array, scale: jax.Array | None, dtype: str, step: jax.Array
-) -> jax.Array:
-    """Return the weight that the model uses after `step` updates, dtype `dtype`, shape of the latent `w`."""
-    on_grid = decode(grid, codes, scale, dtype)
+def annealed(rule: Rule, encoded: Encoded, w: jax.Array, step: jax.Array) -> jax.Array:
+    """Return the weight that the model uses after `step` updates, dtype `encoded.dtype`, shape of the latent `w`."""
+    on_grid, grid = encoded.decode(), encoded.grid
     if not rule.end_step:
         return on_grid
     done = progress(rule, step)
     if rule.anneal == "relax":
         between = (1 - done) * w + done * on_grid.astype(jnp.float32)
     elif rule.anneal == "parq":
-        assert scale is not None
-        between = _parq(grid, in_steps(w, scale), inverse_slope(done)) * spread(scale.astype(jnp.float32), w.shape)
+        assert encoded.scale is not None
+        steps = _parq(grid, in_steps(w, encoded.scale, encoded.offset), inverse_slope(done))
+        between = from_steps(steps, encoded.scale, encoded.offset)
         between = jnp.where(done > 0, between, w)
     else:
         between = w
-    return jnp.where(step < rule.end_step, between.astype(dtype), on_grid)
+    return jnp.where(step < rule.end_step, between.astype(encoded.dtype), on_grid)
 
 
 def _parq(grid: Grid, steps: jax.Array, slope: jax.Array) -> jax.Array:

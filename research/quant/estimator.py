@@ -16,29 +16,35 @@ from math import sqrt
 import jax
 import jax.numpy as jnp
 
-from research.quant.grid import block_sum, encode, in_steps
+from research.quant.grid import block_sum, in_steps, nearest_code
+from research.quant.nodes import Encoded
 from research.quant.policy import Format
 
 
-def pull_back(form: Format, w: jax.Array, scale: jax.Array | None, gradient: jax.Array) -> jax.Array:
-    """Return the gradient of the latent `w`, float32 of its shape, where that of the on-grid weight is `gradient`."""
+def pull_back(form: Format, w: jax.Array, encoded: Encoded, gradient: jax.Array) -> jax.Array:
+    """Return the gradient of the latent `w`, float32 of its shape, where that of the on-grid weight is `gradient`.
+
+    `encoded`: the on-grid weight; its scale and offset are looked at.
+    """
     if form.rule.estimator == "identity":
         return gradient
-    return jnp.where(_inside(form, w, scale), gradient, 0.0)
+    return jnp.where(_inside(form, w, encoded), gradient, 0.0)
 
 
-def scale_gradient(form: Format, w: jax.Array, scale: jax.Array, gradient: jax.Array) -> jax.Array:
+def scale_gradient(form: Format, w: jax.Array, encoded: Encoded, gradient: jax.Array) -> jax.Array:
     """Return dL/ds of a learned scale, float32 [*scale_shape], LSQ's factor 1 / √(N · Q) included."""
-    codes = encode(form.grid, w, scale).astype(jnp.float32)
-    per_weight = jnp.where(_inside(form, w, scale), codes - in_steps(w, scale), codes)
+    assert encoded.scale is not None
+    steps = in_steps(w, encoded.scale, None)
+    codes = nearest_code(form.grid, steps).astype(jnp.float32)
+    per_weight = jnp.where(_inside(form, w, encoded), codes - steps, codes)
     factor = 1 / sqrt(form.elements * form.grid.largest_code)
     return block_sum(gradient * per_weight, form.scale_shape) * jnp.float32(factor)
 
 
-def _inside(form: Format, w: jax.Array, scale: jax.Array | None) -> jax.Array:
+def _inside(form: Format, w: jax.Array, encoded: Encoded) -> jax.Array:
     """Whether each weight lies on its grid's range, within half a distance of codes beyond either end."""
     grid = form.grid
-    if scale is None:
+    if encoded.scale is None:
         return jnp.abs(w) <= float(jnp.finfo(grid.code_dtype).max)
-    steps, half = in_steps(w, scale), grid.code_step / 2
+    steps, half = in_steps(w, encoded.scale, encoded.offset), grid.code_step / 2
     return (steps >= grid.smallest_code - half) & (steps <= grid.largest_code + half)

@@ -1,10 +1,13 @@
 """Number grids: the one definition of how a weight becomes codes and scales, and how these become a weight again.
 
-Everything that quantizes (the optimizer wrapper, storage, exports, tests) calls the four functions of this module:
+Everything that quantizes (the optimizer wrapper, storage, exports, tests) calls the functions of this module:
 
     scale = calibrate(grid, w, scale_shape)     # how large is one step
     codes = encode(grid, w, scale)              # the nearest point of the grid
     w_hat = decode(grid, codes, scale, dtype)   # the weight that the model uses: dtype(f32(code) · f32(scale))
+
+An affine grid begins at the smallest weight of a block instead of around zero: `offset = find_offset(grid, w,
+scale_shape)`, another float16 number, which `encode` and `decode` take, too: w_hat = code · scale + offset.
 
 `scale` is always the real size of one step and always a float16 number. An eight-bit code times an eleven-bit mantissa
 leaves room in float32's 24 bits, and that is why `p + (q - p) == q` holds exactly for two on-grid weights
@@ -44,6 +47,8 @@ class Grid:
     - "signed_max": the weight of the largest magnitude takes the smallest code, -8, whatever its sign: the scale may be
       negative. It is the grid of GGUF's Q4_0, and like it idempotent.
     - "absmean": `mean_factor` times the mean magnitude, for grids too coarse for their largest weight to count.
+    - "min_max": the smallest and the largest weight take the smallest and the largest code: affine, with an offset. It
+      is the grid of GGUF's Q4_1.
 
     Cast grids ("cast") are the numbers of a floating-point dtype itself, without a scale; float32 is the identity.
     """
@@ -65,14 +70,22 @@ class Grid:
 
     @property
     def held_dtype(self) -> str:
-        """Dtype of codes at rest: int4, two to a byte, where they all fit; training steps them as `code_dtype`."""
-        fits = self.code_dtype == "int8" and self.smallest_code >= -8 and self.largest_code <= 7
-        return "int4" if fits else self.code_dtype
+        """Dtype of codes at rest: four bits, two to a byte, where they fit; training steps them as `code_dtype`."""
+        if self.code_dtype == "int8":
+            for dtype, smallest, largest in (("int4", -8, 7), ("uint4", 0, 15)):
+                if smallest <= self.smallest_code and self.largest_code <= largest:
+                    return dtype
+        return self.code_dtype
 
     @property
     def is_scaled(self) -> bool:
         """Whether codes need a scale to become weights."""
         return self.calibration != "cast"
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether codes need an offset, too; zero is then a point of the grid by chance only."""
+        return self.calibration == "min_max"
 
 
 def _symmetric(name: str, largest: int) -> Grid:
@@ -97,6 +110,7 @@ GRIDS = {
         _symmetric("int4", 7),
         _symmetric("int3", 3),
         Grid("q4_0", "int8", "signed_max", -8, 7),
+        Grid("q4_1", "int8", "min_max", 0, 15),
         # Levels ±1 and ±3 half steps. The step with the least error for a normal distribution is 0.9957 σ (Max 1960,
         # table II), its mean magnitude √(2/π) σ.
         Grid("int2", "int8", "absmean", -3, 3, code_step=2, mean_factor=0.9957 / 2 * sqrt(jnp.pi / 2)),
@@ -116,7 +130,8 @@ def calibrate(
 ) -> jax.Array | None:
     """Return the scale, float16 [*scale_shape], that the grid's calibration gives to each block of `w`.
 
-    A block of zeros gets scale 1, a block with a NaN the scale NaN. A cast grid has no scale: None.
+    A block of zeros (of an affine grid: of equal weights) gets scale 1, a block with a NaN the scale NaN. A cast grid
+    has no scale: None.
 
     `numbers`: one of `SCALES`, which numbers the scale may be; empty: the grid's default. `elements`: how many weights
     of a block are real, where some are padding (which is zero); 0: all.
@@ -128,6 +143,9 @@ def calibrate(
     if grid.calibration == "absmean":
         elements = elements or prod(blocks.shape[axis] for axis in within)
         extent, factor = _mean_magnitude(blocks, within, elements), grid.mean_factor
+    elif grid.calibration == "min_max":
+        extent = blocks.max(axis=within) - blocks.min(axis=within)
+        factor = 1 / grid.largest_code
     elif grid.calibration == "signed_max":
         largest, smallest = blocks.max(axis=within), blocks.min(axis=within)
         extent, factor = jnp.where(largest >= -smallest, largest, smallest), 1 / grid.smallest_code
@@ -167,12 +185,24 @@ def round_scale(size: jax.Array, numbers: str, *, up: bool = False) -> jax.Array
     return jnp.clip(size, SMALLEST_FP16, LARGEST_FP16).astype(jnp.float16)
 
 
-def encode(grid: Grid, w: jax.Array, scale: jax.Array | None) -> jax.Array:
+def find_offset(grid: Grid, w: jax.Array, scale_shape: Shape) -> jax.Array | None:
+    """Return the weight, float16 [*scale_shape], that an affine grid's codes begin at in each block; None for others.
+
+    The smallest of the block, rounded to the nearest, as GGUF does: it may come to lie above the smallest weight.
+    """
+    if not grid.is_affine:
+        return None
+    blocks, within = _blocks(w.astype(jnp.float32), scale_shape)
+    smallest = blocks.min(axis=within).reshape(scale_shape)
+    return _unsigned_zeros(jnp.clip(smallest, -LARGEST_FP16, LARGEST_FP16).astype(jnp.float16))
+
+
+def encode(grid: Grid, w: jax.Array, scale: jax.Array | None, offset: jax.Array | None = None) -> jax.Array:
     """Return the codes of the grid points nearest to `w`, ties to even, same shape, dtype `grid.code_dtype`.
 
     An integer code is round(w · (1 / scale)), in float32: within an ulp of half a step it may be either neighbour. An
     odd code (`code_step` 2) is that of the interval that w · (1 / scale) lies in; an exact zero, which is padding or a
-    dead channel, gets code 0 and stays zero.
+    dead channel, gets code 0 and stays zero. With an offset, steps are counted from there.
 
     What lies outside the grid takes its smallest or largest value. NaN stays NaN on cast grids; on scaled grids the
     scale carries it. Codes have no negative zeros either.
@@ -182,29 +212,43 @@ def encode(grid: Grid, w: jax.Array, scale: jax.Array | None) -> jax.Array:
         finfo = jnp.finfo(grid.code_dtype)
         return _unsigned_zeros(jnp.clip(w, float(finfo.min), float(finfo.max)).astype(grid.code_dtype))
     assert scale is not None
-    steps = in_steps(w, scale)
+    return nearest_code(grid, in_steps(w, scale, offset))
+
+
+def nearest_code(grid: Grid, steps: jax.Array) -> jax.Array:
+    """Return the codes nearest to weights in steps, see `encode`; dtype `grid.code_dtype`, of a scaled grid."""
     if grid.code_step == 2:
-        steps = jnp.where(w == 0, 0.0, 2 * jnp.floor(steps / 2) + 1)
+        steps = jnp.where(steps == 0, 0.0, 2 * jnp.floor(steps / 2) + 1)
     elif jnp.issubdtype(grid.code_dtype, jnp.integer):
         steps = jnp.round(steps)
     codes = jnp.clip(steps, grid.smallest_code, grid.largest_code)
     return _unsigned_zeros(codes).astype(grid.code_dtype)
 
 
-def in_steps(w: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return weights, float32, in units of their scale, w · (1 / scale), before they are rounded to codes."""
+def in_steps(w: jax.Array, scale: jax.Array, offset: jax.Array | None) -> jax.Array:
+    """Return weights, float32, as codes before they are rounded: w · (1 / scale), counted from an offset if any."""
     # XLA makes a division by a broadcast scale this product, by a scale of full shape not: say what is computed.
-    return w.astype(jnp.float32) * spread(1 / scale.astype(jnp.float32), w.shape)
+    w, per_step = w.astype(jnp.float32), spread(1 / scale.astype(jnp.float32), w.shape)
+    return (w if offset is None else w - spread(offset.astype(jnp.float32), w.shape)) * per_step
 
 
-def decode(grid: Grid, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-    """Return the weights that `codes` and `scale` stand for, dtype `dtype`, without negative zeros.
+def from_steps(steps: jax.Array, scale: jax.Array, offset: jax.Array | None) -> jax.Array:
+    """Return what codes, or float32 steps between them, stand for, float32: steps · scale, plus an offset if any.
+
+    The product with a code is exact in float32, so that the sum is rounded once, fused with it or not.
+    """
+    w = steps.astype(jnp.float32) * spread(scale.astype(jnp.float32), steps.shape)
+    return w if offset is None else w + spread(offset.astype(jnp.float32), steps.shape)
+
+
+def decode(
+    grid: Grid, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike, offset: jax.Array | None = None
+) -> jax.Array:
+    """Return the weights that `codes`, `scale` and `offset` stand for, dtype `dtype`, without negative zeros.
 
     A scale of NaN makes every weight of its block NaN, so that a broken latent is seen.
     """
-    w = codes.astype(jnp.float32)
-    if scale is not None:
-        w = w * spread(scale.astype(jnp.float32), codes.shape)
+    w = codes.astype(jnp.float32) if scale is None else from_steps(codes, scale, offset)
     return _unsigned_zeros(w.astype(dtype))
 
 

@@ -13,9 +13,10 @@ from research.quant.grid import Grid, decode
 class Encoded:
     """A weight as its codes and scales: what checkpoints and exports hold.
 
-    `codes`: the weight's shape, `grid.code_dtype`; `scale`: float16, the weight's rank, None for cast grids; `grid`:
-    the one that its rule ends on (`stages.py`); `dtype`: of the weight that they decode to; `held_dtype`: what codes
-    are held in where they aren't trained, int4 only if those of every grid on the way fit.
+    `codes`: the weight's shape, `grid.code_dtype`; `scale`: float16, the weight's rank, None for cast grids; `offset`:
+    like `scale`, of affine grids; `grid`: the one that its rule ends on (`stages.py`); `dtype`: of the weight that they
+    decode to; `held_dtype`: what codes are held in where they aren't trained, four bits only if those of every grid on
+    the way fit.
     """
 
     codes: jax.Array
@@ -23,10 +24,11 @@ class Encoded:
     grid: Grid = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
     held_dtype: str = field(metadata={"static": True})
+    offset: jax.Array | None = None
 
     def decode(self) -> jax.Array:
         """Return the weight, shape of `codes`, dtype `self.dtype`."""
-        return decode(self.grid, self.codes, self.scale, self.dtype)
+        return decode(self.grid, self.codes, self.scale, self.dtype, self.offset)
 
 
 @jax.tree_util.register_dataclass
@@ -43,10 +45,13 @@ class Quantized:
     scale: jax.Array | None
     grid: Grid = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+    offset: jax.Array | None = None
 
     def dense(self) -> jax.Array:
         """Return the weight as an array of dtype `self.dtype`."""
-        return decode(self.grid, self.codes, self.scale, self.dtype) if self.value is None else self.value
+        if self.value is not None:
+            return self.value
+        return decode(self.grid, self.codes, self.scale, self.dtype, self.offset)
 
 
 Weight = jax.Array | Quantized
@@ -59,7 +64,8 @@ def is_encoded(node: object) -> bool:
 
 def stored(encoded: Encoded) -> Quantized:
     """Return the node that the model is called with when only codes and scales are held, in as little as they take."""
-    return Quantized(None, encoded.codes.astype(encoded.held_dtype), encoded.scale, encoded.grid, encoded.dtype)
+    codes = encoded.codes.astype(encoded.held_dtype)
+    return Quantized(None, codes, encoded.scale, encoded.grid, encoded.dtype, encoded.offset)
 
 
 def dense(weight: Weight) -> jax.Array:

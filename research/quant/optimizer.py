@@ -34,7 +34,7 @@ from research.quant.latents import keep_latent
 from research.quant.nodes import Encoded, Quantized
 from research.quant.oscillation import count_oscillation, freeze_codes, freeze_latent, start_counting
 from research.quant.policy import Format, Policy, shapes_by_path
-from research.quant.scales import first_logarithm, fresh_scale, logarithm_gradient, next_logarithm, next_scale
+from research.quant.scales import Ruler, first_logarithm, fresh_ruler, logarithm_gradient, next_logarithm, next_ruler
 from research.quant.stages import at_step
 from research.quant.state import QuantizeState, find, is_masked, is_node, map_formats, replace_state
 
@@ -65,7 +65,7 @@ def quantize(
         formats, step = policy.formats(shapes_by_path(params)), jnp.zeros((), jnp.int32)
 
         def first(form: Format, w: jax.Array, log_scale: Any, p: jax.Array) -> Encoded:
-            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
+            return _encode(form, w, fresh_ruler(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
 
         wide = map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
         latent = map_formats(formats, lambda form, w: keep_latent(form, w, step), wide)
@@ -89,7 +89,7 @@ def quantize(
         step = jnp.asarray(optax.safe_increment(state.count))
 
         def pull(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> jax.Array:
-            return at_step(form, state.count, lambda stage: pull_back(stage, w, e.scale, g))
+            return at_step(form, state.count, lambda stage: pull_back(stage, w, e, g))
 
         masters = _masters(state.latent, params)
         pulled = map_formats(formats, pull, state.encoded, masters, grads, keep=2)
@@ -102,7 +102,7 @@ def quantize(
         learned, scale_state = _learn(scales, state, grads, latent, step)
 
         def land(form: Format, e: Encoded, before: jax.Array, after: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, after, next_scale(form, e.scale, before, after, log_scale, step), step, e.dtype)
+            return _encode(form, after, next_ruler(form, e, before, after, log_scale, step), step, e.dtype)
 
         landed = map_formats(formats, land, state.encoded, state.latent, latent, learned)
         counted = map_formats(
@@ -151,7 +151,7 @@ def view(params: PyTree, state: PyTree) -> PyTree:
     """
 
     def one(form: Format, e: Encoded, p: jax.Array) -> Any:
-        return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype)
+        return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype, e.offset)
 
     found = find(state)
     return map_formats(dict(found.formats), one, found.encoded, params, keep=1)
@@ -179,7 +179,7 @@ def with_latents(state: PyTree, latents: PyTree) -> PyTree:
         formats, step = dict(found.formats), found.count
 
         def land(form: Format, e: Encoded, w: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, e.dtype)
+            return _encode(form, w, fresh_ruler(form, w, log_scale, step), step, e.dtype)
 
         latent = map_formats(formats, lambda form, w: keep_latent(form, _widen(w), step), latents)
         landed = map_formats(formats, land, found.encoded, latent, found.learned)
@@ -200,10 +200,11 @@ def is_on_grid(params: PyTree, state: PyTree) -> jax.Array:
     return jnp.array(jax.tree.leaves(same), bool).all()
 
 
-def _encode(form: Format, w: jax.Array, scale: jax.Array | None, step: jax.Array, dtype: str) -> Encoded:
+def _encode(form: Format, w: jax.Array, ruler: Ruler, step: jax.Array, dtype: str) -> Encoded:
     """Return latents as codes of the grid in force after `step` updates."""
-    codes = at_step(form, step, lambda stage: encode(stage.grid, w, scale))
-    return Encoded(codes, scale, form.grid, dtype, form.held_dtype)
+    scale, offset = ruler
+    codes = at_step(form, step, lambda stage: encode(stage.grid, w, scale, offset))
+    return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset)
 
 
 def _learn(
@@ -213,7 +214,7 @@ def _learn(
     formats = dict(state.formats)
 
     def gradient(form: Format, e: Encoded, w: jax.Array, g: jax.Array) -> Any:
-        return logarithm_gradient(form, e.scale, w, g, state.count)
+        return logarithm_gradient(form, e, w, g, state.count)
 
     def change(form: Format, log_scale: Any, move: Any, before: jax.Array, after: jax.Array) -> Any:
         return next_logarithm(form, log_scale, move, before, after, step)
@@ -227,7 +228,7 @@ def _used_weights(state: QuantizeState) -> PyTree:
     """Return the quantized leaves as the model uses them at the state's step, `optax.MaskedNode` elsewhere."""
     return map_formats(
         dict(state.formats),
-        lambda form, e, w: annealed(form.rule, e.grid, _widen(w), e.codes, e.scale, e.dtype, state.count),
+        lambda form, e, w: annealed(form.rule, e, _widen(w), state.count),
         state.encoded,
         state.latent,
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research.quant.grid import decode, encode
+from research.quant.grid import nearest_code
 from research.quant.nodes import Encoded
 from research.quant.policy import Format
 from research.quant.stages import at_step, switches
@@ -69,8 +69,7 @@ def freeze_codes(form: Format, counted: Any, encoded: Encoded, step: jax.Array) 
     """Return codes with the frozen ones where they were frozen."""
     if not form.rule.freeze_above:
         return encoded
-    one = jnp.ones((1,) * encoded.codes.ndim, jnp.float16)
-    nearest = at_step(form, step, lambda stage: encode(stage.grid, counted.average, one))
+    nearest = at_step(form, step, lambda stage: nearest_code(stage.grid, counted.average))
     return replace(encoded, codes=jnp.where(_frozen(form, counted), nearest, encoded.codes))
 
 
@@ -79,7 +78,7 @@ def freeze_latent(form: Format, counted: Any, encoded: Encoded, w: jax.Array) ->
     if not form.rule.freeze_above:
         return w
     # Rounded to the nearest: in bfloat16 a code of eight bits is off by at most a quarter of a step, and stays itself.
-    return jnp.where(_frozen(form, counted), decode(form.grid, encoded.codes, encoded.scale, w.dtype), w)
+    return jnp.where(_frozen(form, counted), replace(encoded, dtype=w.dtype.name).decode(), w)
 
 
 def oscillating(form: Format, counted: Any) -> Any:

@@ -56,7 +56,7 @@ class Format:
 
     @property
     def held_dtype(self) -> str:
-        """Dtype of codes where they aren't trained: int4, two to a byte, if those of every grid on the way fit."""
+        """Dtype of codes where they aren't trained: four bits, two to a byte, if those of every grid on the way fit."""
         dtypes = {grid.held_dtype for grid in (self.grid, *(grid for grid, _ in self.earlier))}
         return dtypes.pop() if len(dtypes) == 1 else self.grid.code_dtype
 
@@ -163,6 +163,13 @@ def _check(rule: Rule) -> None:
         raise UserError(
             f"quantization rule {rule.match!r}: activation={rule.activation!r} with granularity={rule.granularity!r};"
             " give both groups one size, or granularity='channel'"
+        )
+    affine = [name for name in (rule.weight, *(name for name, _ in rule.earlier_grids)) if GRIDS[name].is_affine]
+    if affine and (rule.earlier or not weight_group):
+        raise UserError(
+            f"quantization rule {rule.match!r}: {affine[0]} with granularity={rule.granularity!r},"
+            f" earlier={rule.earlier!r}; it wants granularity='group:32', as padding would not stay zero otherwise, and"
+            " no other grid before or after it"
         )
     calibration = GRIDS[rule.weight].calibration
     if rule.learn_scale and calibration not in ("absmax", "absmean"):
@@ -298,6 +305,6 @@ def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Covera
     if form is None:
         return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * prod(shape))
     code_bytes = bytes_of(prod(shape), form.held_dtype)
-    scale_bytes = 2 * prod(form.scale_shape) if form.grid.is_scaled else 0
+    scale_bytes = (form.grid.is_scaled + form.grid.is_affine) * 2 * prod(form.scale_shape)
     names = " → ".join((*(grid.name for grid, _ in form.earlier), form.grid.name))
     return Coverage(path, shape, names, form.granularity, activation, rule.match, code_bytes + scale_bytes)

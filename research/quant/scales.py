@@ -1,4 +1,4 @@
-"""Where the scale of a step comes from: taken from the latents, kept since an earlier step, or learned.
+"""Where the scale of a step comes from, and an affine grid's offset: the latents, an earlier step, or training.
 
 A scale that follows its weights at every step moves all codes of its block whenever the largest weight moves. So it may
 be kept: recalibrated at every k-th step only, and then only where it would change by more than a fraction of itself
@@ -17,35 +17,51 @@ import jax.numpy as jnp
 import optax
 
 from research.quant.estimator import scale_gradient
-from research.quant.grid import block_sum, calibrate, round_scale
+from research.quant.grid import block_sum, calibrate, find_offset, round_scale
+from research.quant.nodes import Encoded
 from research.quant.policy import Format
 from research.quant.stages import at_step, switches
 from research.quant.state import is_masked
 
+Ruler = tuple[jax.Array | None, jax.Array | None]
+"""Scale and offset, float16 [*scale_shape] each; None where the grid has none."""
 
-def fresh_scale(form: Format, w: jax.Array, log_scale: Any, step: jax.Array) -> jax.Array | None:
-    """Return the scale that `w` asks for after `step` updates, or the learned one, float16 [*scale_shape].
 
-    `log_scale`: logarithm of a learned scale, or `MaskedNode`. A cast grid has no scale: None.
+def fresh_ruler(form: Format, w: jax.Array, log_scale: Any, step: jax.Array) -> Ruler:
+    """Return the scale and offset that `w` asks for after `step` updates, or the learned scale.
+
+    `log_scale`: logarithm of a learned scale, or `MaskedNode`.
     """
-    return _calibrate(form, w, step) if is_masked(log_scale) else _rounded(form, log_scale)
+    if is_masked(log_scale):
+        return _calibrate(form, w, step), find_offset(form.grid, w, form.scale_shape)
+    return _rounded(form, log_scale), None
 
 
-def next_scale(
-    form: Format, kept: jax.Array | None, before: jax.Array, after: jax.Array, log_scale: Any, step: jax.Array
-) -> jax.Array | None:
-    """Return the scale of update number `step`, float16 [*scale_shape], None for cast grids.
+def next_ruler(
+    form: Format, kept: Encoded, before: jax.Array, after: jax.Array, log_scale: Any, step: jax.Array
+) -> Ruler:
+    """Return scale and offset of update number `step`.
 
-    `kept`: the scale so far; `before`, `after`: latents around the update; `log_scale` as in `fresh_scale`.
+    `kept`: the weight so far; `before`, `after`: latents around the update; `log_scale` as in `fresh_ruler`.
     """
-    scale = fresh_scale(form, after, log_scale, step)
-    rule = form.rule
-    if scale is None or kept is None or (rule.recalibrate_every, rule.hysteresis) == (1, 0):
-        return scale
-    old, new = kept.astype(jnp.float32), scale.astype(jnp.float32)
-    due = (step % rule.recalibrate_every == 0) & (jnp.abs(new - old) > rule.hysteresis * jnp.abs(old))
+    ruler, rule = fresh_ruler(form, after, log_scale, step), form.rule
+    scale, offset = ruler
+    if scale is None or kept.scale is None or (rule.recalibrate_every, rule.hysteresis) == (1, 0):
+        return ruler
+    moved = _relative_change(form, (kept.scale, kept.offset), (scale, offset))
+    due = (step % rule.recalibrate_every == 0) & (moved > rule.hysteresis)
     must = switches(form, step) | jnp.isnan(scale) | _asleep(form, before)
-    return jnp.where(due | must, scale, kept)
+    return jax.tree.map(lambda new, old: jnp.where(due | must, new, old), ruler, (kept.scale, kept.offset))
+
+
+def _relative_change(form: Format, old: Ruler, new: Ruler) -> jax.Array:
+    """Return the change of the scale as a fraction of itself, that of the offset of the whole grid: the larger one."""
+    (old_scale, old_offset), (new_scale, new_offset) = jax.tree.map(lambda x: x.astype(jnp.float32), (old, new))
+    size = jnp.abs(old_scale)
+    change = jnp.abs(new_scale - old_scale) / size
+    if old_offset is None or new_offset is None:
+        return change
+    return jnp.maximum(change, jnp.abs(new_offset - old_offset) / (form.grid.largest_code * size))
 
 
 def first_logarithm(form: Format, w: jax.Array, step: jax.Array) -> Any:
@@ -54,15 +70,13 @@ def first_logarithm(form: Format, w: jax.Array, step: jax.Array) -> Any:
     return optax.MaskedNode() if scale is None else jnp.log2(scale.astype(jnp.float32))
 
 
-def logarithm_gradient(
-    form: Format, scale: jax.Array | None, w: jax.Array, gradient: jax.Array, step: jax.Array
-) -> Any:
+def logarithm_gradient(form: Format, encoded: Encoded, w: jax.Array, gradient: jax.Array, step: jax.Array) -> Any:
     """Return dL/d log2(s) of a learned scale; the rounding of s to float16 is straight-through."""
     if not form.rule.learn_scale:
         return optax.MaskedNode()
-    assert scale is not None
-    d_scale = at_step(form, step, lambda stage: scale_gradient(stage, w, scale, gradient))
-    return d_scale * scale.astype(jnp.float32) * jnp.float32(log(2))
+    assert encoded.scale is not None
+    d_scale = at_step(form, step, lambda stage: scale_gradient(stage, w, encoded, gradient))
+    return d_scale * encoded.scale.astype(jnp.float32) * jnp.float32(log(2))
 
 
 def next_logarithm(

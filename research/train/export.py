@@ -33,9 +33,12 @@ class _Leaves(Mapping[str, native.Leaf]):
         leaf, table = self.encoded[path], self.setup.table
         if not isinstance(leaf, Encoded):
             return unplace(path, leaf, table)
-        scale = None if leaf.scale is None else unplace(f"{path}/scale", leaf.scale, table)
-        name = _name(self.setup.formats[path], self.step)
-        return native.StoredLeaf(unplace(f"{path}/codes", leaf.codes, table), scale, name)
+
+        def part(name: str, array: Any) -> Any:
+            return None if array is None else unplace(f"{path}/{name}", array, table)
+
+        codes, name = unplace(f"{path}/codes", leaf.codes, table), _name(self.setup.formats[path], self.step)
+        return native.StoredLeaf(codes, part("scale", leaf.scale), name, part("offset", leaf.offset))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.encoded)
@@ -91,6 +94,10 @@ def _place(path: str, leaf: native.Leaf, setup: Setup, step: int) -> Any:
     if isinstance(leaf, np.ndarray):
         return place(path, leaf, setup.table, setup.mesh)
     assert form is not None
-    codes = place(f"{path}/codes", leaf.codes, setup.table, setup.mesh)
-    scale = None if leaf.scale is None else place(f"{path}/scale", leaf.scale, setup.table, setup.mesh)
-    return Encoded(codes, scale, form.grid, setup.train.param_dtype, form.held_dtype)
+
+    def part(name: str, array: Any) -> Any:
+        return None if array is None else place(f"{path}/{name}", array, setup.table, setup.mesh)
+
+    codes, dtype = part("codes", leaf.codes), setup.train.param_dtype
+    scale, offset = part("scale", leaf.scale), part("offset", leaf.offset)
+    return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset)

@@ -14,7 +14,7 @@ from research.errors import UserError
 from research.formats import compressed_tensors, gguf, huggingface, native
 from research.tokenizer import Tokenizer
 
-GGUF_TYPES = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
+GGUF_TYPES = ("Q8_0", "Q4_0", "Q4_1", "F16", "BF16", "F32")
 HUGGINGFACE_TYPES = ("float32", "bfloat16")
 COMPRESSED_TYPES = tuple(compressed_tensors.TYPES)
 
