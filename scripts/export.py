@@ -1,6 +1,6 @@
 """Write a trained model to a file or a directory that other programs load; nothing is quantized a second time.
 
-safetensors: our own, int8 codes and fp16 scales. gguf: for llama.cpp, Ollama and LM Studio; --type Q8_0 and Q4_0 hold
+safetensors: our own, codes and fp16 scales. gguf: for llama.cpp, Ollama and LM Studio; --type Q8_0, Q4_0 and Q4_1 hold
 the codes themselves, F32, F16 and BF16 the decoded weights. huggingface: for transformers, decoded weights.
 compressed-tensors: for transformers and vLLM, the codes themselves of all matrices, decoded tables.
 """

@@ -62,6 +62,16 @@ def test_scales_follow_the_axes_of_the_product(granularity: str, expected: list[
     assert {form.grid.name for form in formats.values()} == {"int8"}
 
 
+def test_experts_and_layers_never_share_a_scale() -> None:
+    shape = (3, 4, 64, 96)
+    leaves = {"up": Leaf("ledf", "d", shape, (1, 4, 1, 1))}
+    wanted = {"tensor": (3, 4, 1, 1), "channel": (3, 4, 1, 96), "group:32": (3, 4, 2, 96)}
+    for granularity, expected in wanted.items():
+        form = Policy((int8(granularity=granularity),), leaves).formats({"up": shape})["up"]
+        assert form.scale_shape == expected
+        assert form.elements == {"tensor": 64 * 96, "channel": 64, "group:32": 32}[granularity]
+
+
 def test_vectors_and_scalars_stay_float_whatever_matches_them() -> None:
     formats = Policy((int8(),), LEAVES).formats(SHAPES)
     assert list(formats) == ["embed/table_vd", "layers/attention/q_dnh", "layers/attention/o_nhd"]
