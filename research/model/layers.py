@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import constrain, einsum, explicit, whole
+from research.model.seam import constrain, einsum, explicit, ways_of, whole
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
 from research.quant.nodes import Quantized, Weight, dense
@@ -67,9 +67,18 @@ class Settings:
     def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
         factors, result = subscripts.split("->")
-        spec, x_spec = self.spec(result), self.spec(factors.split(",")[0])
-        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
-        product = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec, x_spec=x_spec)
+        x_spec, w_spec = map(self.spec, factors.split(","))
+        spec, lies = self.spec(result), self.table[path].spec[-len(w_spec) :]  # inside a layer, without its `l`
+        product = einsum(
+            subscripts,
+            x,
+            weight(param),
+            activation=self.activations.get(path, "none"),
+            dtype=jnp.dtype(self.compute_dtype),
+            spec=spec,
+            x_spec=x_spec,
+            w_spec=w_spec if any(ways_of(entry) > 1 for entry in set(lies) - set(w_spec)) else None,
+        )
         return constrain(product, spec)
 
 

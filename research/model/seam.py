@@ -4,9 +4,12 @@ Where both sides are int8 the product is `(Σ codes_x · codes_w) · s_x · s_w`
 serving alike; so the numbers that are trained are the numbers that are served, bit for bit. With groups along the
 contraction, of the weight, the activation or both, there is one such product for each group, and they are added in
 float32, in order. A weight with offsets adds `(Σ codes_x) · s_x · offset` to each.
+
+A weight that is split over more devices than a product wants (fsdp) travels as codes and scales, in the forward pass
+and again in the backward pass, and is decoded where it arrives: nothing wider than its number format is gathered.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from research.quant.activations import dequantize_tokens, group_size, quantize_groups, quantize_tokens
-from research.quant.nodes import Quantized, Weight, dense
+from research.quant.nodes import Quantized, Weight
 
 
 def einsum(
@@ -28,20 +31,24 @@ def einsum(
     dtype: jnp.dtype | None = None,
     spec: PartitionSpec | None = None,
     x_spec: PartitionSpec | None = None,
+    w_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
     The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none",
     "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token. `spec`, `x_spec`: sharding
-    of the output, which only Explicit mesh axes need, and of the activation, which groups need on any mesh. The
-    backward pass is the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    of the output, which only Explicit mesh axes need, and of the activation, which groups need on any mesh; `w_spec`:
+    that which the weight is to have in the product, None: as it lies. The backward pass is the straight-through
+    estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
     """
-    specs = spec or PartitionSpec(), x_spec or PartitionSpec()
+    specs = spec or PartitionSpec(), x_spec or PartitionSpec(), w_spec
     product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), *specs, group_size(activation))
     if activation != "none" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
         return _integer_product(product, x, w)
     x = x.astype(product.dtype) if activation == "none" else _fake_quantize(product, x)
-    return _einsum(subscripts, x, dense(w).astype(product.dtype), product.spec)
+    if isinstance(w, Quantized):
+        return _float_product(product, x, w)
+    return _einsum(subscripts, x, w.astype(product.dtype), product.spec)
 
 
 def explicit(spec: PartitionSpec) -> PartitionSpec | None:
@@ -87,6 +94,7 @@ class _Product:
     dtype: jnp.dtype
     spec: PartitionSpec
     x_spec: PartitionSpec
+    w_spec: PartitionSpec | None
     group: int
     """Consecutive inputs that share a scale; 0: all of a token."""
 
@@ -153,6 +161,43 @@ _fake_quantize.defvjp(
 )
 
 
+def _gather(product: _Product, w: Quantized) -> Quantized:
+    """Return the weight where the product wants it, moved as codes and scales; `value` stays behind."""
+    if product.w_spec is None:
+        return w
+
+    def move(array: jax.Array) -> jax.Array:
+        # the axes that share a scale have size 1: there is nothing to split
+        entries = zip(array.shape, product.w_spec or (), strict=True)
+        return _place(array, PartitionSpec(*(None if size == 1 else entry for size, entry in entries)))
+
+    return jax.tree.map(move, replace(w, value=None))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
+    return _einsum(product.subscripts, x, _gather(product, w).dense().astype(product.dtype), product.spec)
+
+
+def _float_product_bwd(product: _Product, residuals: tuple[jax.Array, Quantized], gradient: jax.Array):
+    x, w = residuals
+    return _gradients(product, x, w, gradient)
+
+
+def _gradients(product: _Product, x: jax.Array, w: Quantized, gradient: jax.Array) -> tuple[jax.Array, Quantized]:
+    """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and the on-grid weight."""
+    w_hat = _gather(product, w).dense().astype(product.dtype)
+    # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
+    dx, dw = jax.vjp(lambda x, w: _einsum(product.subscripts, x, w, product.spec), x, w_hat)[1](gradient)
+    value = None if w.value is None else dw.astype(w.dtype)
+    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
+    return dx, Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
+
+
+# what is kept for the backward pass is the weight as it lies, not as it was gathered
+_float_product.defvjp(lambda product, x, w: (_float_product(product, x, w), (x, w)), _float_product_bwd)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _integer_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
     return _forward(product, *_quantize(product, x), w)
@@ -160,6 +205,7 @@ def _integer_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array
 
 def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
     """Integer sums, then · s_x, then · s_w, in float32; one cast at the end."""
+    w = _gather(product, w)
     assert w.scale is not None
     blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
     if blocks > 1 or w.offset is not None:
@@ -274,12 +320,8 @@ def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized):
 
 def _integer_product_bwd(product: _Product, residuals: tuple[jax.Array, jax.Array, Quantized], gradient: jax.Array):
     x_codes, x_scale, w = residuals
-    x_hat, w_hat = dequantize_tokens(x_codes, x_scale, product.dtype), w.dense().astype(product.dtype)
-    # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
-    dx, dw = jax.vjp(lambda x, w: _einsum(product.subscripts, x, w, product.spec), x_hat, w_hat)[1](gradient)
-    value = None if w.value is None else dw.astype(w.dtype)
-    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
-    return dx.astype(product.x_dtype), Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
+    dx, dw = _gradients(product, dequantize_tokens(x_codes, x_scale, product.dtype), w, gradient)
+    return dx.astype(product.x_dtype), dw
 
 
 _integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)
