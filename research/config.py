@@ -62,14 +62,21 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh; at most one may be -1 = what is left of the devices."""
+    """Sizes of the device mesh; at most one may be -1 = what is left of the devices.
 
+    The first axis varies slowest over the devices, so that it may be the slow network between machines.
+    """
+
+    replica: int = 1
+    """Like data: groups of devices that exchange nothing but gradients, once a micro-batch."""
     data: int = 1
     """Replicas that each see other examples."""
     fsdp: int = 1
     """Like data, and the parameters are split as well."""
+    context: int = 1
+    """Ways in which the positions of a text are split, for long ones."""
     tensor: int = 1
-    """Ways in which every weight matrix is split (Megatron layout)."""
+    """Ways in which every weight matrix is split (Megatron layout); between the products, positions are."""
 
     def __post_init__(self) -> None:
         check_types(self, "mesh.")

@@ -1,14 +1,15 @@
 """An experiment on a mesh: model structure, number formats and layout, put together for training and evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.architecture import Architecture
-from research.axes import AxisRules
+from research.axes import ROWS
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
 from research.model.layers import Settings
@@ -74,22 +75,27 @@ def make_setup(
 
 def batch_ways(mesh: Mesh) -> int:
     """Return into how many pieces the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return prod(mesh.shape[axis] for axis in ROWS)
 
 
-def require_batch_fits(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise `UserError`, naming valid sizes, if a micro-batch doesn't divide over the mesh."""
-    ways, train = batch_ways(mesh), experiment.train
-    rows = train.batch_size // train.accumulate
+def require_batch_fits(train: TrainConfig, lengths: Sequence[int], mesh: Mesh) -> None:
+    """Raise `UserError`, naming valid sizes, if a micro-batch or its `lengths` in tokens don't divide over the mesh."""
+    ways, rows, context = batch_ways(mesh), train.batch_size // train.accumulate, mesh.shape["context"]
     if rows % ways:
         valid = ", ".join(str(ways * train.accumulate * factor) for factor in (1, 2, 4, 8))
         raise UserError(
             f"train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives {rows} rows, which"
-            f" don't divide over data×fsdp={ways}; valid sizes of train.batch_size: {valid}, …"
+            f" don't divide over {'×'.join(ROWS)}={ways}; valid sizes of train.batch_size: {valid}, …"
+        )
+    odd = [length for length in lengths if length % context]
+    if odd:
+        raise UserError(
+            f"rows of {odd[0]} tokens don't divide over mesh.context={context}; give lengths that are multiples of it,"
+            f" e.g. {-(-odd[0] // context) * context}"
         )
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Return a batch of this process's rows as arrays split by rows over data and fsdp."""
-    rows = NamedSharding(mesh, PartitionSpec(AxisRules().activations["b"]))
+    """Return a batch of this process's rows as arrays split by rows."""
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
     return Batch(*(jax.make_array_from_process_local_data(rows, array) for array in batch))

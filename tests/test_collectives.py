@@ -50,3 +50,16 @@ def test_fsdp_gathers_codes_and_scales_and_no_floats(rules: tuple[Rule, ...]) ->
     formats = {key: count for key, count in found.items() if key[0] in ("s8", "f16")}
     sent = sum(bytes_of(size, DTYPES[dtype]) * count for (dtype, size), count in formats.items())
     assert 8 * sent <= 8.5 * 2 * weights
+
+
+def test_positions_are_split_between_products_and_gathered_as_codes() -> None:
+    """Two gathers of int8 activations a layer and pass: the input of q, k and v, and that of gate and up."""
+    run = tiny.start(W8A8, architecture=tiny.OF_BLOCKS, tensor=4)
+    with jax.set_mesh(run.mesh):
+        batch = put_batch(tiny.batch(0), run.mesh)
+        program = program_of(run.step.add, run.state, batch, run.step.zeros(), None)
+    rows, positions = batch.tokens_bt.shape
+    stream = rows * positions * tiny.OF_BLOCKS.width
+    assert gathered(program)["s8", stream] == 2
+    kept = re.findall(rf"f32\[{tiny.OF_BLOCKS.layers},{rows},(\d+),{tiny.OF_BLOCKS.width}\]", program)
+    assert kept and set(map(int, kept)) == {positions // 4}, "what a layer keeps of the residual stream is split"

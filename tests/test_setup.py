@@ -49,6 +49,7 @@ def test_an_experiment_s_formats_reach_the_model_and_the_cache() -> None:
     ("batch_size", "accumulate", "sizes", "valid"),
     (
         (8, 2, {"data": 2, "fsdp": 2}, None),
+        (6, 1, {"replica": 2, "data": 2}, "4, 8, 16, 32"),
         (6, 1, {"data": 4}, "4, 8, 16, 32"),
         (12, 2, {"data": 2, "fsdp": 2}, "8, 16, 32"),
     ),
@@ -56,21 +57,28 @@ def test_an_experiment_s_formats_reach_the_model_and_the_cache() -> None:
 def test_a_batch_must_divide_over_the_mesh(
     batch_size: int, accumulate: int, sizes: dict[str, int], valid: str | None
 ) -> None:
-    experiment = Experiment(train=TrainConfig(batch_size=batch_size, accumulate=accumulate))
+    train = TrainConfig(batch_size=batch_size, accumulate=accumulate)
     mesh = make_mesh(MeshConfig(**sizes, tensor=2))
     assert batch_ways(mesh) == 4
     if valid is None:
-        require_batch_fits(experiment, mesh)  # raises nothing
+        require_batch_fits(train, (40, 64), mesh)  # raises nothing
         return
-    line = one_line(lambda: require_batch_fits(experiment, mesh))
+    line = one_line(lambda: require_batch_fits(train, (40, 64), mesh))
     assert f"train.batch_size={batch_size}" in line and valid in line
 
 
-def test_rows_of_a_batch_are_split_over_data_and_fsdp() -> None:
+def test_lengths_must_divide_over_the_context_axis() -> None:
+    mesh = make_mesh(MeshConfig(context=8))
+    require_batch_fits(TrainConfig(), (40, 64), mesh)
+    line = one_line(lambda: require_batch_fits(TrainConfig(), (40, 60, 64), mesh))
+    assert "rows of 60 tokens don't divide over mesh.context=8" in line and line.endswith("e.g. 64")
+
+
+def test_rows_of_a_batch_are_split_over_replica_data_and_fsdp() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = tiny.batch()
     placed = put_batch(rows, mesh)
     for host, array in zip(rows, placed, strict=True):
         np.testing.assert_array_equal(host, array)
-        assert array.sharding.spec == PartitionSpec(("data", "fsdp"))
+        assert array.sharding.spec == PartitionSpec(("replica", "data", "fsdp"))
         assert array.addressable_shards[0].data.shape == (2, *host.shape[1:])

@@ -41,7 +41,7 @@ def make_bench(comparison: Comparison, console: Console) -> Bench:
 
     mesh = make_mesh(comparison.mesh)
     say(console, "Mesh", describe(mesh))
-    require_batch_fits(comparison.experiment((), distill=False), mesh)
+    require_batch_fits(comparison.train, (comparison.corpus.window,), mesh)
     foundation = load_foundation(comparison.foundation, report=report, open_checkpoint=open_checkpoint)
     say(console, "Foundation", f"{foundation.name}: {foundation.source}")
     for scheme in comparison.schemes:  # before anything is trained: a rule that can't be is an error now

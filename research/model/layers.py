@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import constrain, einsum, explicit, ways_of, whole
+from research.model.seam import Input, Layout, constrain, einsum, explicit, place, prepare, ways_of, whole
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
 from research.quant.nodes import Quantized, Weight, dense
@@ -51,35 +51,59 @@ class Settings:
             value = jnp.ones(logical, jnp.float32)
         return nnx.Param(parameter.padding.pad(value), out_sharding=parameter.spec)
 
-    def spec(self, letters: str) -> PartitionSpec:
+    def spec(self, letters: str, t: int = 0) -> PartitionSpec:
         """Return the sharding of the activation whose axes are `letters`.
 
-        Where kv heads are shared by several devices, `k` is whole on each; what is repeated for them is split like `n`.
+        `t`: number of positions, of `t` or `a`; if the mesh doesn't divide it, as in generation, they stay whole. Where
+        kv heads are shared by several devices, `k` is whole on each; what is repeated for them is split like `n`.
         """
-        split = self.rules.activations
-        rules = self.rules if self.heads.copies == 1 else replace(self.rules, activations={**split, "k": None})
-        return rules.activation(letters)
+        split = dict(self.rules.activations)
+        if self.heads.copies > 1:
+            split["k"] = None
+        if t % ways_of(split.get("t")):
+            split["t"] = split["a"] = None
+        return replace(self.rules, activations=split).activation(letters)
+
+    def residual(self, t: int) -> PartitionSpec:
+        """Return the sharding of the residual stream [b, t, d] between the products of a layer, of `t` positions."""
+        spec = self.rules.residual("btd")
+        return self.spec("btd", t) if t % ways_of(spec[1]) else spec
 
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
-        return constrain(x, self.spec(letters))
+        return place(x, self.spec(letters, x.shape[letters.index("t")] if "t" in letters else 0))
 
-    def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+    def scatter(self, x_btd: jax.Array) -> jax.Array:
+        """Return the residual stream as it lies between the products of a layer."""
+        return place(x_btd, self.residual(x_btd.shape[1]))
+
+    def share(self, paths: tuple[str, ...], x_btd: jax.Array) -> Weight:
+        """Return the input of products with the weights at `paths`, prepared once where they round it the same."""
+        kinds = {self.activations.get(path, "none") for path in paths}
+        if len(kinds) > 1:
+            return x_btd
+        t, dtype = x_btd.shape[1], jnp.dtype(self.compute_dtype)
+        how = Input(kinds.pop(), (2,), x_btd.dtype, dtype, self.residual(t), self.spec("btd", t))
+        return prepare(how, x_btd)
+
+    def product(self, path: str, subscripts: str, x: Weight, param: nnx.Param) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
         factors, result = subscripts.split("->")
-        x_spec, w_spec = map(self.spec, factors.split(","))
-        spec, lies = self.spec(result), self.table[path].spec[-len(w_spec) :]  # inside a layer, without its `l`
-        product = einsum(
-            subscripts,
-            x,
-            weight(param),
-            activation=self.activations.get(path, "none"),
-            dtype=jnp.dtype(self.compute_dtype),
-            spec=spec,
-            x_spec=x_spec,
-            w_spec=w_spec if any(ways_of(entry) > 1 for entry in set(lies) - set(w_spec)) else None,
+        x_axes, w_axes = factors.split(",")
+        t = (x.codes if isinstance(x, Quantized) else x).shape[1]
+
+        def lies(letters: str) -> PartitionSpec:
+            return self.residual(t) if letters == "btd" else self.spec(letters, t)
+
+        layout = Layout(
+            x=lies(x_axes),
+            x_used=self.spec(x_axes, t),
+            w=PartitionSpec(*self.table[path].spec[-len(w_axes) :]),  # inside a layer, without its `l`
+            w_used=self.spec(w_axes),
+            y=lies(result),
         )
-        return constrain(product, spec)
+        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
+        return einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, layout=layout)
 
 
 def weight(param: nnx.Param) -> Weight:
@@ -112,8 +136,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
-        rows_btd = _rows(weight(self.table_vd), tokens_bt, self.settings.spec("btd"))
-        return self.settings.constrain(rows_btd.astype(self.settings.compute_dtype), "btd")
+        spec = self.settings.spec("btd", tokens_bt.shape[1])
+        rows_btd = _rows(weight(self.table_vd), self.settings.constrain(tokens_bt, "bt"), spec)
+        return self.settings.scatter(rows_btd.astype(self.settings.compute_dtype))
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
@@ -151,11 +176,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Return the attention output [b, t, d] and the cache with this call's keys and values written at `slot`."""
         product = self.settings.product
-        q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", x_btd, self.q_dnh), rotation)
-        k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", x_btd, self.k_dkh), rotation)
-        v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", x_btd, self.v_dkh)
+        shared = self.settings.share(tuple(f"{self.path}/{name}" for name in ("q_dnh", "k_dkh", "v_dkh")), x_btd)
+        q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", shared, self.q_dnh), rotation)
+        k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", shared, self.k_dkh), rotation)
+        v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", shared, self.v_dkh)
         k_bskh, v_bskh, grid = self._repeat(k_bskh), self._repeat(v_bskh), self.settings.kv_grid
         if cache is None:
+            k_bskh, v_bskh = self._all_positions(k_bskh), self._all_positions(v_bskh)
             k_bskh, v_bskh = keep_and_read_back(grid, k_bskh), keep_and_read_back(grid, v_bskh)
         else:
             cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
@@ -163,6 +190,11 @@ class Attention(nnx.Module):
         out_btnh = self._drop_padding(attend(q_btnh, k_bskh, v_bskh, mask_bts))
         out_btnh = self.settings.constrain(out_btnh, "btnh")
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
+
+    def _all_positions(self, x_bskh: jax.Array) -> jax.Array:
+        """Return keys or values of the whole text, gathered where positions are split."""
+        copied = self.settings.heads.copies > 1
+        return self.settings.constrain(x_bskh, "bsnh" if copied else "bskh")
 
     def _drop_padding(self, out_btnh: jax.Array) -> jax.Array:
         """Return `out_btnh` with zeros for the heads that are padding.
@@ -227,8 +259,9 @@ class MLP(nnx.Module):
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """Return [b, t, d]."""
         product = self.settings.product
-        gate_btf = product(f"{self.path}/gate_df", "btd,df->btf", x_btd, self.gate_df)
-        up_btf = product(f"{self.path}/up_df", "btd,df->btf", x_btd, self.up_df)
+        shared = self.settings.share((f"{self.path}/gate_df", f"{self.path}/up_df"), x_btd)
+        gate_btf = product(f"{self.path}/gate_df", "btd,df->btf", shared, self.gate_df)
+        up_btf = product(f"{self.path}/up_df", "btd,df->btf", shared, self.up_df)
         return product(f"{self.path}/down_fd", "btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd)
 
 

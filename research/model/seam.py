@@ -12,43 +12,103 @@ and again in the backward pass, and is decoded where it arrives: nothing wider t
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from research.quant.activations import dequantize_tokens, group_size, quantize_groups, quantize_tokens
-from research.quant.nodes import Quantized, Weight
+from research.quant.grid import GRIDS
+from research.quant.nodes import Quantized, Weight, dense
+
+W = TypeVar("W", bound=Weight)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the factors of a product and its outcome lie on the mesh, and where the product wants its factors.
+
+    What lies elsewhere is moved in the format that it is multiplied in: int8 activations as codes and scales, too.
+    """
+
+    x: PartitionSpec
+    x_used: PartitionSpec
+    w: PartitionSpec
+    w_used: PartitionSpec
+    y: PartitionSpec
+
+
+@dataclass(frozen=True)
+class Input:
+    """How an activation goes into products.
+
+    `activation`: "none", "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token;
+    `contracted`: axes that the products sum over; `x_dtype`, `dtype`: of the activation and of the products; `lies`,
+    `used`: where it lies and where the products want it, None where nothing is split.
+    """
+
+    activation: str
+    contracted: tuple[int, ...]
+    x_dtype: jnp.dtype
+    dtype: jnp.dtype
+    lies: PartitionSpec | None = None
+    used: PartitionSpec | None = None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def prepare(how: Input, x: jax.Array) -> Weight:
+    """Return an activation as products take it, where they want it: rounded, then moved as codes and scales.
+
+    So that products of one input share the work. The gradient passes unchanged; it is that of the rounded values.
+    """
+    if how.activation == "none":
+        return _move(x.astype(how.dtype), how)
+    group = group_size(how.activation)
+    parts = quantize_groups(x, how.contracted[-1], group) if group else quantize_tokens(x, how.contracted)
+    codes, scale = _move(parts, how)
+    return Quantized(dequantize_tokens(codes, scale, how.dtype), codes, scale, GRIDS["int8"], how.dtype.name)
+
+
+def _prepare_bwd(how: Input, _: None, gradient: Weight) -> tuple[jax.Array]:
+    g = gradient.value if isinstance(gradient, Quantized) else gradient
+    assert g is not None
+    return ((g if how.lies is None else place(g, how.lies)).astype(how.x_dtype),)
+
+
+prepare.defvjp(lambda how, x: (prepare(how, x), None), _prepare_bwd)
+
+
+def _move(parts: Any, how: Input) -> Any:
+    """Return an activation, or its codes and scales, where the products want it.
+
+    Said to lie where it came first: the compiler would move the float that codes are made of, otherwise.
+    """
+    return parts if how.lies is None or how.used is None else split(split(parts, how.lies), how.used)
 
 
 def einsum(
     subscripts: str,
-    x: jax.Array,
+    x: Weight,
     w: Weight,
     *,
     activation: str = "none",
     dtype: jnp.dtype | None = None,
-    spec: PartitionSpec | None = None,
-    x_spec: PartitionSpec | None = None,
-    w_spec: PartitionSpec | None = None,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
-    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none",
-    "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token. `spec`, `x_spec`: sharding
-    of the output, which only Explicit mesh axes need, and of the activation, which groups need on any mesh; `w_spec`:
-    that which the weight is to have in the product, None: as it lies. The backward pass is the straight-through
-    estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: as in `Input`;
+    it says nothing of an `x` that comes from `prepare`. `layout`: None where nothing is split. The backward pass is the
+    straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
     """
-    specs = spec or PartitionSpec(), x_spec or PartitionSpec(), w_spec
-    product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), *specs, group_size(activation))
-    if activation != "none" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
+    product = _Product(subscripts, jnp.dtype(dtype or x.dtype), layout)
+    if not isinstance(x, Quantized):
+        places = (None, None) if layout is None else (layout.x, layout.x_used)
+        x = prepare(Input(activation, product.contracted, x.dtype, product.dtype, *places), x)
+    if isinstance(x, Quantized) and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
         return _integer_product(product, x, w)
-    x = x.astype(product.dtype) if activation == "none" else _fake_quantize(product, x)
-    if isinstance(w, Quantized):
-        return _float_product(product, x, w)
-    return _einsum(subscripts, x, w.astype(product.dtype), product.spec)
+    return _float_product(product, dense(x), w)
 
 
 def explicit(spec: PartitionSpec) -> PartitionSpec | None:
@@ -81,8 +141,9 @@ def whole(x: jax.Array) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def _einsum(subscripts: str, a: jax.Array, b: jax.Array, spec: PartitionSpec, dtype: str | None = None) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, out_sharding=explicit(spec))
+def place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
+    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
 
 
 @dataclass(frozen=True)
@@ -90,13 +151,8 @@ class _Product:
     """What is static of a product; its subscripts by role."""
 
     subscripts: str
-    x_dtype: jnp.dtype
     dtype: jnp.dtype
-    spec: PartitionSpec
-    x_spec: PartitionSpec
-    w_spec: PartitionSpec | None
-    group: int
-    """Consecutive inputs that share a scale; 0: all of a token."""
+    layout: Layout | None
 
     def __post_init__(self) -> None:
         if self.y != self.rows + self.columns:
@@ -138,84 +194,106 @@ class _Product:
         return "".join(axis for axis in self.w if axis in self.x)
 
     def entry(self, axis: str) -> Any:
-        """Return the mesh axes over which an axis of the activation or of the output is split."""
-        entries = dict(zip(self.x, self.x_spec, strict=False)) | dict(zip(self.y, self.spec, strict=False))
-        return entries.get(axis)
+        """Return the mesh axes over which an axis of the activation or of the output is split in the product."""
+        if self.layout is None:
+            return None
+        return dict(zip(self.x + self.w, (*self.layout.x_used, *self.layout.w_used), strict=True)).get(axis)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """The sharding of the output as the product makes it, before it is moved."""
+        return PartitionSpec(*map(self.entry, self.y))
+
+    def multiply(self, x: jax.Array, w: jax.Array, dtype: str | None = None) -> jax.Array:
+        """Return the product, on the mesh as `spec` says."""
+        return _einsum(self.subscripts, x, w, self.spec, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fake_quantize(product: _Product, x: jax.Array) -> jax.Array:
-    """Round each token to its int8 grid; the gradient passes unchanged."""
-    return dequantize_tokens(*_quantize(product, x), product.dtype)
+def _einsum(subscripts: str, a: jax.Array, b: jax.Array, spec: PartitionSpec, dtype: str | None = None) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, out_sharding=explicit(spec))
 
 
-def _quantize(product: _Product, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if product.group:
-        return quantize_groups(x, product.x.index(product.inner[-1]), product.group)
-    return quantize_tokens(x, product.contracted)
-
-
-_fake_quantize.defvjp(
-    lambda product, x: (_fake_quantize(product, x), None),
-    lambda product, _, gradient: (gradient.astype(product.x_dtype),),
-)
-
-
-def _gather(product: _Product, w: Quantized) -> Quantized:
-    """Return the weight where the product wants it, moved as codes and scales; `value` stays behind."""
-    if product.w_spec is None:
-        return w
+def split(parts: Any, spec: PartitionSpec) -> Any:
+    """Return arrays of one shape, codes and scales, split as `spec` says; where a scale is shared nothing is split."""
 
     def move(array: jax.Array) -> jax.Array:
-        # the axes that share a scale have size 1: there is nothing to split
-        entries = zip(array.shape, product.w_spec or (), strict=True)
-        return _place(array, PartitionSpec(*(None if size == 1 else entry for size, entry in entries)))
+        entries = zip(array.shape, spec, strict=True)
+        return place(array, PartitionSpec(*(None if size == 1 else entry for size, entry in entries)))
 
-    return jax.tree.map(move, replace(w, value=None))
+    return jax.tree.map(move, parts)
+
+
+def _used_w(product: _Product, w: W) -> W:
+    """Return the weight where the product wants it; a quantized one goes there as codes and scales, without value."""
+    layout = product.layout
+    if layout is None or not any(ways_of(entry) > 1 for entry in set(layout.w) - set(layout.w_used)):
+        return w
+    return split(replace(w, value=None) if isinstance(w, Quantized) else w, layout.w_used)
+
+
+def _laid(product: _Product, y: jax.Array) -> jax.Array:
+    """Return the outcome where it is to lie; partial sums of several devices are added on the way."""
+    return y if product.layout is None else place(y, product.layout.y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _float_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
-    return _einsum(product.subscripts, x, _gather(product, w).dense().astype(product.dtype), product.spec)
+def _float_product(product: _Product, x: jax.Array, w: Weight) -> jax.Array:
+    return _laid(product, product.multiply(x, dense(_used_w(product, w)).astype(product.dtype)))
 
 
-def _float_product_bwd(product: _Product, residuals: tuple[jax.Array, Quantized], gradient: jax.Array):
-    x, w = residuals
-    return _gradients(product, x, w, gradient)
-
-
-def _gradients(product: _Product, x: jax.Array, w: Quantized, gradient: jax.Array) -> tuple[jax.Array, Quantized]:
-    """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and the on-grid weight."""
-    w_hat = _gather(product, w).dense().astype(product.dtype)
+def _gradients(product: _Product, x: jax.Array, w: Weight, gradient: jax.Array) -> tuple[jax.Array, Weight]:
+    """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and `w`."""
+    w_hat, layout = dense(_used_w(product, w)).astype(product.dtype), product.layout
+    if layout is not None:
+        gradient = place(gradient, product.spec)
     # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
-    dx, dw = jax.vjp(lambda x, w: _einsum(product.subscripts, x, w, product.spec), x, w_hat)[1](gradient)
+    dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
+    dw = dw if layout is None else place(dw, layout.w)
+    if not isinstance(w, Quantized):
+        return dx, dw.astype(w.dtype)
     value = None if w.value is None else dw.astype(w.dtype)
     # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
     return dx, Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
 
 
-# what is kept for the backward pass is the weight as it lies, not as it was gathered
-_float_product.defvjp(lambda product, x, w: (_float_product(product, x, w), (x, w)), _float_product_bwd)
+# The weight is kept for the backward pass as it lies: what was gathered is gathered again.
+_float_product.defvjp(
+    lambda product, x, w: (_float_product(product, x, w), (x, w)),
+    lambda product, factors, gradient: _gradients(product, factors[0], factors[1], gradient),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _integer_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
-    return _forward(product, *_quantize(product, x), w)
-
-
-def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
+def _integer_product(product: _Product, x: Quantized, w: Quantized) -> jax.Array:
     """Integer sums, then · s_x, then · s_w, in float32; one cast at the end."""
-    w = _gather(product, w)
-    assert w.scale is not None
-    blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
+    w = _used_w(product, w)
+    assert x.scale is not None and w.scale is not None
+    blocks = max(_blocks(product, product.x, x.scale), _blocks(product, product.w, w.scale))
     if blocks > 1 or w.offset is not None:
-        return _sum_over_blocks(product, blocks, x_codes, x_scale, w).astype(product.dtype)
+        return _laid(product, _sum_over_blocks(product, blocks, x.codes, x.scale, w).astype(product.dtype))
     w_codes = w.codes.astype(jnp.int8)  # no backend multiplies what it holds in four bits
-    sums = _einsum(product.subscripts, x_codes, w_codes, product.spec, "int32").astype(jnp.float32)
+    sums = _laid(product, product.multiply(x.codes, w_codes, "int32")).astype(jnp.float32)
     # the contracted axes of both scales have size 1: there is nothing to sum
     s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
-    s_x, s_w = _beside(product, x_scale.squeeze(product.contracted), s_w)
+    s_x, s_w = _beside(product, x.scale.squeeze(product.contracted), s_w)
+    if product.layout is not None:
+        s_x = split(s_x, product.layout.y)
     return (sums * s_x * s_w).astype(product.dtype)
+
+
+def _integer_product_fwd(product: _Product, x: Quantized, w: Quantized):
+    # eight bits a residual instead of the thirty-two of the float activation
+    return _integer_product(product, x, w), (replace(x, value=None), w)
+
+
+def _integer_product_bwd(product: _Product, residuals: tuple[Quantized, Quantized], gradient: jax.Array):
+    x, w = residuals
+    assert x.scale is not None
+    dx, dw = _gradients(product, dequantize_tokens(x.codes, x.scale, product.dtype), w, gradient)
+    return Quantized(dx, None, None, x.grid, x.dtype), dw  # pyright: ignore[reportArgumentType]
+
+
+_integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)
 
 
 def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
@@ -229,10 +307,10 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
     assert w.scale is not None
     way = product.entry(product.inner[0])
     ways = ways_of(way)
-    split = partial(_split, product, ways, blocks)
-    factors = split(product.x, x_codes), split(product.w, w.codes)
-    scales = split(product.x, x_scale), split(product.w, w.scale)
-    offsets = None if w.offset is None else split(product.w, w.offset)
+    cut = partial(_split, product, ways, blocks)
+    factors = cut(product.x, x_codes), cut(product.w, w.codes)
+    scales = cut(product.x, x_scale), cut(product.w, w.scale)
+    offsets = None if w.offset is None else cut(product.w, w.offset)
     spec = PartitionSpec(way, *(product.entry(axis) for axis in product.y))
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
@@ -253,7 +331,7 @@ def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale
 
     sizes = dict(zip(product.x, x_codes.shape, strict=True)) | dict(zip(product.w, w.codes.shape, strict=True))
     nothing = jnp.zeros((ways, *(sizes[axis] for axis in product.y)), jnp.float32)
-    return jax.lax.fori_loop(0, blocks // ways, add, _place(nothing, spec)).sum(axis=0)
+    return jax.lax.fori_loop(0, blocks // ways, add, place(nothing, spec)).sum(axis=0)
 
 
 def _plus(total: jax.Array, term: jax.Array) -> jax.Array:
@@ -288,12 +366,7 @@ def _split(product: _Product, ways: int, blocks: int, axes: str, array: jax.Arra
         array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), shape)
     else:
         array = jax.lax.reshape(array, shape, out_sharding=explicit(spec))
-    return letters, _place(array, spec)
-
-
-def _place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
-    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
+    return letters, place(array, spec)
 
 
 def _take(number: jax.Array, axes: str, array: jax.Array) -> tuple[str, jax.Array]:
@@ -310,18 +383,3 @@ def _beside(product: _Product, s_x: jax.Array, s_w: jax.Array) -> tuple[jax.Arra
     rows, columns = len(product.rows), len(product.columns)
     lead = s_x.ndim - rows
     return jnp.expand_dims(s_x, [*range(-columns, 0)]), jnp.expand_dims(s_w, [*range(lead, lead + rows)])
-
-
-def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized):
-    x_codes, x_scale = _quantize(product, x)
-    # eight bits a residual instead of the thirty-two of the float activation
-    return _forward(product, x_codes, x_scale, w), (x_codes, x_scale, w)
-
-
-def _integer_product_bwd(product: _Product, residuals: tuple[jax.Array, jax.Array, Quantized], gradient: jax.Array):
-    x_codes, x_scale, w = residuals
-    dx, dw = _gradients(product, dequantize_tokens(x_codes, x_scale, product.dtype), w, gradient)
-    return dx.astype(product.x_dtype), dw
-
-
-_integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)

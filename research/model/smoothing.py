@@ -140,7 +140,7 @@ def input_maxima(
 
     def layer(x_btd: jax.Array, weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, None, Slot(jnp.int32(0), jnp.int32(0)))
-        return settings.constrain(x_btd, "btd"), dict(seen)
+        return settings.scatter(x_btd), dict(seen)
 
     return jax.lax.scan(layer, model.embed(tokens_bt), nnx.as_pure(layers))[1]
 

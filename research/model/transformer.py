@@ -47,7 +47,7 @@ class Transformer(nnx.Module):
         def layer(carry: tuple[jax.Array, Cache | None], scanned: tuple[Any, jax.Array]):
             (x_btd, cache), (weights, index) = carry, scanned
             x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, cache, Slot(index, start))
-            return (settings.constrain(x_btd, "btd"), cache), None
+            return (settings.scatter(x_btd), cache), None
 
         (x_btd, cache), _ = jax.lax.scan(
             _rematerialize(layer, settings.rematerialize),
@@ -55,7 +55,7 @@ class Transformer(nnx.Module):
             (nnx.as_pure(weights), jnp.arange(settings.architecture.layers, dtype=jnp.int32)),
             unroll=settings.unroll,
         )
-        return self.norm(x_btd), cache
+        return settings.constrain(self.norm(x_btd), "btd"), cache
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return float32 logits [b, a, v] of hidden states [b, a, d]; -inf at the vocabulary's padding."""
@@ -82,7 +82,7 @@ def make_settings(
 ) -> Settings:
     """Return the settings of a model on a mesh of `mesh_sizes` (axis name → size; None: one device)."""
     rules = rules or AxisRules()
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh_sizes or {})
+    sizes = {"fsdp": 1, "tensor": 1} | dict(mesh_sizes or {})
     table = parameter_table(architecture, rules, sizes)
     activations = {path: policy.activation(path) for path in table} if policy else {}
     return Settings(architecture, plan_heads(architecture, sizes["tensor"]), rules, table, activations, **options)

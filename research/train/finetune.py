@@ -97,7 +97,7 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     """Open foundation and task and put the model together on its mesh, saying what is found."""
     mesh = make_mesh(experiment.mesh)
     say(console, "Mesh", describe(mesh))
-    require_batch_fits(experiment, mesh)
+    require_batch_fits(experiment.train, experiment.task.lengths, mesh)
     fetched: list[str] = []
 
     def report(line: str) -> None:
