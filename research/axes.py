@@ -29,6 +29,8 @@ ACTIVATION: Mapping[str, MeshAxes] = {
     "f": "tensor",
     "v": "tensor",
 }
+LATENT_OVER_DATA: Mapping[str, MeshAxes] = {**PARAM, "d": ("fsdp", "data")}
+"""How latents and moments are split under ZeRO (Rajbhandari et al. 2020); otherwise they lie like parameters."""
 RESIDUAL: Mapping[str, MeshAxes] = {"b": ROWS, "t": ("context", "tensor")}
 
 
@@ -37,12 +39,17 @@ class AxisRules:
     """Tables, letter → mesh axis (or axes); a letter that is not listed is not split."""
 
     params: Mapping[str, MeshAxes] = field(default_factory=lambda: PARAM)
+    latents: Mapping[str, MeshAxes] = field(default_factory=lambda: PARAM)
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATION)
     residuals: Mapping[str, MeshAxes] = field(default_factory=lambda: RESIDUAL)
 
     def param(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of a parameter whose axes are `letters`, e.g. "ldnh"."""
         return _spec(letters, self.params)
+
+    def latent(self, letters: str) -> PartitionSpec:
+        """Return the sharding spec of what the optimizer keeps of a parameter: latents, moments, gradients."""
+        return _spec(letters, self.latents)
 
     def activation(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of an activation whose axes are `letters`, e.g. "btd"."""
@@ -53,8 +60,8 @@ class AxisRules:
         return _spec(letters, self.residuals)
 
     def with_params(self, **changes: MeshAxes) -> "AxisRules":
-        """Return rules whose parameter table differs in some letters, e.g. `with_params(k=None)`."""
-        return replace(self, params={**self.params, **changes})
+        """Return rules whose parameters, latents too, are split otherwise in some letters: `with_params(k=None)`."""
+        return replace(self, params={**self.params, **changes}, latents={**self.latents, **changes})
 
 
 def _spec(letters: str, table: Mapping[str, MeshAxes]) -> PartitionSpec:

@@ -328,6 +328,8 @@ class TrainConfig:
     """Answer positions whose logits exist at one time."""
     distill: float = 0.0
     """Share of the loss that is the divergence from the float foundation's predictions (forward KL); 0 = none."""
+    zero: bool = False
+    """Whether latents, moments and gradients are split over mesh.data, too (ZeRO); weights come back as codes."""
     max_nonfinite: int = 3
     """Skipped non-finite steps in a row after which the run stops."""
     seed: int = 0

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.architecture import Architecture
-from research.axes import ROWS
+from research.axes import LATENT_OVER_DATA, ROWS, AxisRules
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
 from research.model.layers import Settings
@@ -58,12 +58,14 @@ def make_setup(
     whose padding to use (the tests do).
     """
     sizes = dict(mesh.shape) | dict(padded_for or {})
-    plain = make_settings(architecture, mesh_sizes=sizes)
+    axis_rules = AxisRules(latents=LATENT_OVER_DATA) if train.zero else AxisRules()
+    plain = make_settings(architecture, rules=axis_rules, mesh_sizes=sizes)
     policy = Policy(rules, {path: parameter.leaf for path, parameter in plain.table.items()})
     formats = policy.formats({path: parameter.shape for path, parameter in plain.table.items()})
     settings = make_settings(
         architecture,
         policy,
+        rules=axis_rules,
         mesh_sizes=sizes,
         kv_grid=None if kv_cache == "float" else GRIDS[kv_cache],
         compute_dtype=train.compute_dtype,

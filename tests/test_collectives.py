@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -63,3 +64,15 @@ def test_positions_are_split_between_products_and_gathered_as_codes() -> None:
     assert gathered(program)["s8", stream] == 2
     kept = re.findall(rf"f32\[{tiny.OF_BLOCKS.layers},{rows},(\d+),{tiny.OF_BLOCKS.width}\]", program)
     assert kept and set(map(int, kept)) == {positions // 4}, "what a layer keeps of the residual stream is split"
+
+
+def test_split_latents_send_codes_and_scales_and_no_floats() -> None:
+    """Of the weights; what no rule quantizes, norms here, comes as it is."""
+    run = tiny.start(W8A8, architecture=tiny.OF_BLOCKS, train=replace(tiny.TRAIN, zero=True), data=4)
+    with jax.set_mesh(run.mesh):
+        found = gathered(program_of(run.step.update, run.state, run.step.zeros()))
+    table = run.setup.table
+    weights = sum(prod(parameter.shape) for parameter in table.values() if parameter.contract)
+    assert sum(size * count for (dtype, size), count in found.items() if dtype == "s8") == weights
+    norms = {prod(parameter.shape) for parameter in table.values() if not parameter.contract}
+    assert {size for dtype, size in found if dtype not in ("s8", "f16")} <= norms, found

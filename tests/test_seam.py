@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.model.seam import Layout, einsum
+from research.model.seam import Route, einsum
 from research.quant.activations import dequantize_tokens, quantize_groups, quantize_tokens
 from research.quant.grid import GRIDS, calibrate, encode, find_offset
 from research.quant.nodes import Encoded, Quantized, stored
@@ -299,8 +299,8 @@ def test_blocks_on_a_mesh(
     @jax.jit
     def product(x: jax.Array, w: Quantized) -> jax.Array:
         w_used = (None if entry == "fsdp" else entry for entry in w_spec)
-        layout = Layout(*(PartitionSpec(*spec) for spec in (x_spec, x_spec, w_spec, w_used, y_spec)))
-        return einsum(subscripts, x, w, activation="int8:group:32", layout=layout)
+        route = Route(*(PartitionSpec(*spec) for spec in (x_spec, x_spec, w_spec, w_used, y_spec)))
+        return einsum(subscripts, x, w, activation="int8:group:32", route=route)
 
     with jax.set_mesh(mesh):
         split = Quantized(None, put(w.codes, w_spec), put(w.scale, w_spec), w.grid, w.dtype)

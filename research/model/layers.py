@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import Input, Layout, constrain, einsum, explicit, place, prepare, ways_of, whole
+from research.model.seam import Input, Route, constrain, einsum, explicit, place, prepare, ways_of, whole
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
 from research.quant.nodes import Quantized, Weight, dense
@@ -95,7 +95,7 @@ class Settings:
         def lies(letters: str) -> PartitionSpec:
             return self.residual(t) if letters == "btd" else self.spec(letters, t)
 
-        layout = Layout(
+        route = Route(
             x=lies(x_axes),
             x_used=self.spec(x_axes, t),
             w=PartitionSpec(*self.table[path].spec[-len(w_axes) :]),  # inside a layer, without its `l`
@@ -103,7 +103,7 @@ class Settings:
             y=lies(result),
         )
         activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
-        return einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, layout=layout)
+        return einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, route=route)
 
 
 def weight(param: nnx.Param) -> Weight:

@@ -26,6 +26,10 @@ PARTS = ("codes", "scale", "offset", "frequency", "average", "direction")
 """Names of the arrays that one parameter may have in the place of itself."""
 
 
+LIKE_PARAMETERS = ("", "params", "encoded", "annealed")
+"""Trees whose arrays lie where the model uses them; all others (latents, moments, gradients …) are the optimizer's."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Padding and sharding of one array."""
@@ -40,19 +44,27 @@ def layout(key: str, shape: tuple[int, ...], table: Table) -> Layout:
     `key` ends in a parameter's path ("…/mu/embed/table_vd", "…/encoded/embed/table_vd/scale"); arrays that belong to no
     parameter (counters) are whole on every device.
     """
-    parameter = owner(key, table)
+    tree, path = _divide(key, table)
+    parameter = table.get(path)
     if parameter is None or len(shape) != len(parameter.shape):
         return Layout(Padding.none(shape), PartitionSpec())
-    axes = zip(shape, parameter.padding.axes, parameter.shape, parameter.spec, strict=True)
+    spec = parameter.spec if tree in LIKE_PARAMETERS else parameter.latent_spec
+    axes = zip(shape, parameter.padding.axes, parameter.shape, spec, strict=True)
     paddings, entries = zip(*(_axis(size, padding, whole, entry) for size, padding, whole, entry in axes), strict=True)
     return Layout(Padding(paddings), PartitionSpec(*entries))
 
 
 def owner(key: str, table: Table) -> Parameter | None:
     """Return the parameter that the array at `key` belongs to, None for a counter."""
+    return table.get(_divide(key, table)[1])
+
+
+def _divide(key: str, table: Table) -> tuple[str, str]:
+    """Return the tree that an array is in, "mu", "encoded" … or "", and the path of its parameter, "" for a counter."""
     *path, last = key.split("/")
     parts = path if last in PARTS else [*path, last]
-    return next((table[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in table), None)
+    start = next((i for i in range(len(parts)) if "/".join(parts[i:]) in table), len(parts))
+    return "/".join(parts[:start]).rpartition("/")[2], "/".join(parts[start:])
 
 
 def _axis(size: int, padding: AxisPadding, whole: int, entry: Any) -> tuple[AxisPadding, Any]:

@@ -26,7 +26,7 @@ W = TypeVar("W", bound=Weight)
 
 
 @dataclass(frozen=True)
-class Layout:
+class Route:
     """Where the factors of a product and its outcome lie on the mesh, and where the product wants its factors.
 
     What lies elsewhere is moved in the format that it is multiplied in: int8 activations as codes and scales, too.
@@ -94,17 +94,17 @@ def einsum(
     *,
     activation: str = "none",
     dtype: jnp.dtype | None = None,
-    layout: Layout | None = None,
+    route: Route | None = None,
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
     The output has the axes that are kept of the activation, then those kept of the weight. `activation`: as in `Input`;
-    it says nothing of an `x` that comes from `prepare`. `layout`: None where nothing is split. The backward pass is the
+    it says nothing of an `x` that comes from `prepare`. `route`: None where nothing is split. The backward pass is the
     straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
     """
-    product = _Product(subscripts, jnp.dtype(dtype or x.dtype), layout)
+    product = _Product(subscripts, jnp.dtype(dtype or x.dtype), route)
     if not isinstance(x, Quantized):
-        places = (None, None) if layout is None else (layout.x, layout.x_used)
+        places = (None, None) if route is None else (route.x, route.x_used)
         x = prepare(Input(activation, product.contracted, x.dtype, product.dtype, *places), x)
     if isinstance(x, Quantized) and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
         return _integer_product(product, x, w)
@@ -152,7 +152,7 @@ class _Product:
 
     subscripts: str
     dtype: jnp.dtype
-    layout: Layout | None
+    route: Route | None
 
     def __post_init__(self) -> None:
         if self.y != self.rows + self.columns:
@@ -195,9 +195,9 @@ class _Product:
 
     def entry(self, axis: str) -> Any:
         """Return the mesh axes over which an axis of the activation or of the output is split in the product."""
-        if self.layout is None:
+        if self.route is None:
             return None
-        return dict(zip(self.x + self.w, (*self.layout.x_used, *self.layout.w_used), strict=True)).get(axis)
+        return dict(zip(self.x + self.w, (*self.route.x_used, *self.route.w_used), strict=True)).get(axis)
 
     @property
     def spec(self) -> PartitionSpec:
@@ -225,15 +225,15 @@ def split(parts: Any, spec: PartitionSpec) -> Any:
 
 def _used_w(product: _Product, w: W) -> W:
     """Return the weight where the product wants it; a quantized one goes there as codes and scales, without value."""
-    layout = product.layout
-    if layout is None or not any(ways_of(entry) > 1 for entry in set(layout.w) - set(layout.w_used)):
+    route = product.route
+    if route is None or not any(ways_of(entry) > 1 for entry in set(route.w) - set(route.w_used)):
         return w
-    return split(replace(w, value=None) if isinstance(w, Quantized) else w, layout.w_used)
+    return split(replace(w, value=None) if isinstance(w, Quantized) else w, route.w_used)
 
 
 def _laid(product: _Product, y: jax.Array) -> jax.Array:
     """Return the outcome where it is to lie; partial sums of several devices are added on the way."""
-    return y if product.layout is None else place(y, product.layout.y)
+    return y if product.route is None else place(y, product.route.y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -243,12 +243,12 @@ def _float_product(product: _Product, x: jax.Array, w: Weight) -> jax.Array:
 
 def _gradients(product: _Product, x: jax.Array, w: Weight, gradient: jax.Array) -> tuple[jax.Array, Weight]:
     """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and `w`."""
-    w_hat, layout = dense(_used_w(product, w)).astype(product.dtype), product.layout
-    if layout is not None:
+    w_hat, route = dense(_used_w(product, w)).astype(product.dtype), product.route
+    if route is not None:
         gradient = place(gradient, product.spec)
     # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
     dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
-    dw = dw if layout is None else place(dw, layout.w)
+    dw = dw if route is None else place(dw, route.w)
     if not isinstance(w, Quantized):
         return dx, dw.astype(w.dtype)
     value = None if w.value is None else dw.astype(w.dtype)
@@ -276,8 +276,8 @@ def _integer_product(product: _Product, x: Quantized, w: Quantized) -> jax.Array
     # the contracted axes of both scales have size 1: there is nothing to sum
     s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
     s_x, s_w = _beside(product, x.scale.squeeze(product.contracted), s_w)
-    if product.layout is not None:
-        s_x = split(s_x, product.layout.y)
+    if product.route is not None:
+        s_x = split(s_x, product.route.y)
     return (sums * s_x * s_w).astype(product.dtype)
 
 

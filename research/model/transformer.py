@@ -82,7 +82,7 @@ def make_settings(
 ) -> Settings:
     """Return the settings of a model on a mesh of `mesh_sizes` (axis name → size; None: one device)."""
     rules = rules or AxisRules()
-    sizes = {"fsdp": 1, "tensor": 1} | dict(mesh_sizes or {})
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh_sizes or {})
     table = parameter_table(architecture, rules, sizes)
     activations = {path: policy.activation(path) for path in table} if policy else {}
     return Settings(architecture, plan_heads(architecture, sizes["tensor"]), rules, table, activations, **options)

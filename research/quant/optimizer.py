@@ -20,6 +20,7 @@ on the grid from then on. Leaves that no rule quantizes go straight to the inner
 The order of the first two lines matters: `init` copies the float weights into the latents.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,7 @@ def quantize(
     *,
     dtype: str | None = None,
     scales: optax.GradientTransformation | None = None,
+    settle: Callable[[str, Encoded], Encoded] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `inner` so that its steps land on the grids of `policy`. To be the last transformation of a chain.
 
@@ -56,7 +58,8 @@ def quantize(
 
     `dtype` is that of the quantized params that the model uses, where `init` is called with wider ones, so that the
     latents start unrounded; None: the dtype that `init` finds. `scales` steps the base-2 logarithms of learned scales,
-    so that its learning rate is relative to their size; None: `optax.adam(1e-3)`.
+    so that its learning rate is relative to their size; None: `optax.adam(1e-3)`. `settle` may say, by path, where new
+    codes and scales go on a mesh whose latents lie elsewhere.
     """
     inner = optax.with_extra_args_support(inner)
     scales = optax.adam(1e-3) if scales is None else scales
@@ -114,6 +117,8 @@ def quantize(
         )
         encoded = map_formats(formats, lambda form, c, e: freeze_codes(form, c, e, step), counted, landed)
         latent = map_formats(formats, freeze_latent, counted, encoded, latent)
+        if settle is not None:
+            encoded = map_formats(formats, lambda form, e: settle(form.path, e), encoded)
         following = QuantizeState(step, inner_state, latent, encoded, learned, scale_state, counted, state.formats)
 
         def difference(_: Format, used: jax.Array, p: jax.Array, change: jax.Array) -> jax.Array:
