@@ -2,7 +2,8 @@
 
 Nothing is computed anew on the way to the file or back: the codes and scales that the optimizer held come back bit for
 bit. A leaf `path` is stored as `path.codes` (int8 or an 8-bit float, or the 16-bit float of a grid that is a cast) and
-`path.scale` (fp16), or as `path` where it has no codes. Codes of a grid within -8 … 7 are `path.nibbles` instead: uint8
+`path.scale` (fp16), or as `path` where it has no codes; `path.input_scale` (fp32) is beside them where what the leaf
+multiplies has a static scale. Codes of a grid within -8 … 7 are `path.nibbles` instead: uint8
 with one axis, code 2i in the low four bits of byte i, code 2i + 1 in the high ones, two's complement, in C order.
 
 config.json beside it says how to read them and carries a SHA-256 of every file, itself included; opening an export
@@ -30,8 +31,8 @@ from research.quant.grid import GRIDS
 from research.tokenizer import Tokenizer
 
 FORMAT = "research-quantized"
-VERSION = 2
-"""1 had no nibbles."""
+VERSION = 3
+"""1 had no nibbles, 2 no static scales of activations."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CAST_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -45,12 +46,14 @@ class StoredLeaf:
     `codes` is int8 or an 8-bit float, or float16 / bfloat16 where the grid is a cast. `scale` is float16, of the same
     rank as `codes`; each of its axes has a size that divides that of the codes, and element j of an axis of n codes and
     m scales uses scale j // (n // m). It is None for a cast. `format` names grid and granularity, e.g. "int8/channel"
-    or "fp16".
+    or "fp16". `input_scale`, float32, is the static scale of the activation that the leaf multiplies, one for each
+    stacked tensor, in the rank of `codes`; None without.
     """
 
     codes: np.ndarray
     scale: np.ndarray | None
     format: str
+    input_scale: np.ndarray | None = None
 
 
 Leaf = np.ndarray | StoredLeaf
@@ -77,7 +80,8 @@ class StoredLeaves(Mapping[str, Leaf]):
             codes = _unpack(read_tensor(self.file, f"{path}.nibbles"), self.shapes[path])
         else:
             codes = read_tensor(self.file, f"{path}.codes")
-        return StoredLeaf(codes, scale, form)
+        inputs = f"{path}.input_scale"
+        return StoredLeaf(codes, scale, form, read_tensor(self.file, inputs) if inputs in self.names else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.formats)
@@ -212,7 +216,8 @@ def _tensors(path: str, leaf: Leaf) -> dict[str, np.ndarray]:
     codes, grid = np.asarray(leaf.codes), GRIDS.get(leaf.format.split("/")[0])
     packed = grid is not None and grid.held_dtype == "int4"
     tensors = {f"{path}.nibbles": _pack(codes)} if packed else {f"{path}.codes": codes}
-    return tensors if leaf.scale is None else {**tensors, f"{path}.scale": np.asarray(leaf.scale)}
+    scales = {f"{path}.scale": leaf.scale, f"{path}.input_scale": leaf.input_scale}
+    return tensors | {name: np.asarray(scale) for name, scale in scales.items() if scale is not None}
 
 
 def _pack(codes: np.ndarray) -> np.ndarray:
@@ -246,7 +251,12 @@ def _check_leaf(path: str, shape: tuple[int, ...], leaf: Leaf) -> None:
         scale.ndim != values.ndim or any(n % m for n, m in zip(values.shape, scale.shape, strict=True))
     ):
         raise ValueError(f"{path}: scale of shape {scale.shape} does not divide codes of shape {values.shape}")
-    tensors = {path if floats else f"{path}.codes": values, f"{path}.scale": scale}
+    inputs = None if isinstance(leaf, np.ndarray) else leaf.input_scale
+    if inputs is not None and (inputs.dtype != np.float32 or inputs.ndim != values.ndim):
+        raise ValueError(
+            f"{path} has a {inputs.dtype} static scale of shape {inputs.shape}; it is float32, one a layer"
+        )
+    tensors = {path if floats else f"{path}.codes": values, f"{path}.scale": scale, f"{path}.input_scale": inputs}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != np.int8 and not np.isfinite(tensor).all():
             raise UserError(f"{name} holds values that are not finite; export a step from before the run diverged")

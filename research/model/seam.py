@@ -9,13 +9,20 @@ float32, in order.
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from research.quant.activations import dequantize_tokens, group_size, quantize_groups, quantize_tokens
+from research.quant.activations import (
+    dequantize_tokens,
+    group_size,
+    quantize_groups,
+    quantize_static,
+    quantize_tokens,
+    statistic_of,
+)
 from research.quant.nodes import Quantized, Weight, dense
 
 
@@ -32,15 +39,23 @@ def einsum(
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
     The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none",
-    "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token. `spec`, `x_spec`: sharding
-    of the output, which only Explicit mesh axes need, and of the activation, which groups need on any mesh. The
-    backward pass is the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    "int8" = symmetric per token, "int8:group:32" = per 32 consecutive inputs of a token, or "int8:static:…" = with the
+    weight's `input_scale`. `spec`, `x_spec`: sharding of the output, which only Explicit mesh axes need, and of the
+    activation, which groups need on any mesh. The backward pass is the straight-through estimator: dL/dx uses the
+    weight on its grid, and is 0 where a static scale saturates; dL/dw uses the quantized activation.
+
+    An activation that isn't finite makes its token NaN; with a static scale only where the weight has its value, in
+    training: to look for it takes the reduction that a static scale spares those who serve.
     """
     specs = spec or PartitionSpec(), x_spec or PartitionSpec()
-    product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), *specs, group_size(activation))
+    trained = isinstance(w, Quantized) and w.value is not None
+    product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), *specs, group_size(activation), trained)
+    input_scale = w.input_scale if isinstance(w, Quantized) and statistic_of(activation) else None
+    if statistic_of(activation) and input_scale is None:
+        raise ValueError(f"einsum {subscripts!r}: activation={activation!r} needs a weight with an input_scale")
     if activation != "none" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
-        return _integer_product(product, x, w)
-    x = x.astype(product.dtype) if activation == "none" else _fake_quantize(product, x)
+        return _integer_product(product, x, w, input_scale)
+    x = x.astype(product.dtype) if activation == "none" else _fake_quantize(product, x, input_scale)
     return _einsum(subscripts, x, dense(w).astype(product.dtype), product.spec)
 
 
@@ -89,6 +104,8 @@ class _Product:
     x_spec: PartitionSpec
     group: int
     """Consecutive inputs that share a scale; 0: all of a token."""
+    trained: bool
+    """Whether the weight has its value."""
 
     def __post_init__(self) -> None:
         if self.y != self.rows + self.columns:
@@ -135,27 +152,57 @@ class _Product:
         return entries.get(axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fake_quantize(product: _Product, x: jax.Array) -> jax.Array:
-    """Round each token to its int8 grid; the gradient passes unchanged."""
-    return dequantize_tokens(*_quantize(product, x), product.dtype)
+class _Rounded(NamedTuple):
+    """An activation as codes, and a scale for each token or group; `inside`: what doesn't saturate, None: nothing."""
+
+    codes: jax.Array
+    scale: jax.Array
+    inside: jax.Array | None = None
 
 
-def _quantize(product: _Product, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantize(product: _Product, x: jax.Array, input_scale: jax.Array | None) -> _Rounded:
+    if input_scale is not None:
+        return _quantize_static(product, x, whole(input_scale))
     if product.group:
-        return quantize_groups(x, product.x.index(product.inner[-1]), product.group)
-    return quantize_tokens(x, product.contracted)
+        return _Rounded(*quantize_groups(x, product.x.index(product.inner[-1]), product.group))
+    return _Rounded(*quantize_tokens(x, product.contracted))
+
+
+def _quantize_static(product: _Product, x: jax.Array, input_scale: jax.Array) -> _Rounded:
+    codes, inside = quantize_static(x, input_scale)
+    token = tuple(1 if axis in product.contracted else size for axis, size in enumerate(x.shape))
+    scale = jnp.broadcast_to(input_scale.reshape((1,) * x.ndim), token)
+    if product.trained:
+        scale = jnp.where(jnp.isfinite(x).all(axis=product.contracted, keepdims=True), scale, jnp.nan)
+    return _Rounded(codes, scale, inside)
+
+
+def _straight_through(product: _Product, inside: jax.Array | None, gradient: jax.Array) -> jax.Array:
+    """Return dL/dx where `gradient` is that of the rounded activation: itself, and 0 where it saturates."""
+    return (gradient if inside is None else jnp.where(inside, gradient, 0)).astype(product.x_dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_quantize(product: _Product, x: jax.Array, input_scale: jax.Array | None) -> jax.Array:
+    """Round an activation to its int8 grid; the gradient is straight-through."""
+    return _fake_quantize_fwd(product, x, input_scale)[0]
+
+
+def _fake_quantize_fwd(product: _Product, x: jax.Array, input_scale: jax.Array | None):
+    codes, scale, inside = _quantize(product, x, input_scale)
+    return dequantize_tokens(codes, scale, product.dtype), inside
 
 
 _fake_quantize.defvjp(
-    lambda product, x: (_fake_quantize(product, x), None),
-    lambda product, _, gradient: (gradient.astype(product.x_dtype),),
+    _fake_quantize_fwd,
+    lambda product, inside, gradient: (_straight_through(product, inside, gradient), None),
 )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _integer_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
-    return _forward(product, *_quantize(product, x), w)
+def _integer_product(product: _Product, x: jax.Array, w: Quantized, input_scale: jax.Array | None) -> jax.Array:
+    codes, scale, _ = _quantize(product, x, input_scale)
+    return _forward(product, codes, scale, w)
 
 
 def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
@@ -250,20 +297,21 @@ def _beside(product: _Product, s_x: jax.Array, s_w: jax.Array) -> tuple[jax.Arra
     return jnp.expand_dims(s_x, [*range(-columns, 0)]), jnp.expand_dims(s_w, [*range(lead, lead + rows)])
 
 
-def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized):
-    x_codes, x_scale = _quantize(product, x)
-    # eight bits a residual instead of the thirty-two of the float activation
-    return _forward(product, x_codes, x_scale, w), (x_codes, x_scale, w)
+def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized, input_scale: jax.Array | None):
+    rounded = _quantize(product, x, input_scale)
+    # eight bits a residual (sixteen with a static scale) instead of the thirty-two of the float activation
+    return _forward(product, rounded.codes, rounded.scale, w), (rounded, w)
 
 
-def _integer_product_bwd(product: _Product, residuals: tuple[jax.Array, jax.Array, Quantized], gradient: jax.Array):
-    x_codes, x_scale, w = residuals
+def _integer_product_bwd(product: _Product, residuals: tuple[_Rounded, Quantized], gradient: jax.Array):
+    (x_codes, x_scale, inside), w = residuals
     x_hat, w_hat = dequantize_tokens(x_codes, x_scale, product.dtype), w.dense().astype(product.dtype)
     # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
     dx, dw = jax.vjp(lambda x, w: _einsum(product.subscripts, x, w, product.spec), x_hat, w_hat)[1](gradient)
     value = None if w.value is None else dw.astype(w.dtype)
-    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
-    return dx.astype(product.x_dtype), Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
+    # None: no cotangent, as for all integers, and for the scales, which the value doesn't depend on here
+    dw = Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
+    return _straight_through(product, inside, dx), dw, None
 
 
 _integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)

@@ -23,6 +23,8 @@ class Encoded:
     grid: Grid = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
     held_dtype: str = field(metadata={"static": True})
+    input_scale: jax.Array | None = None
+    """Static scale of the activation that the weight multiplies, float32, one a stacked tensor: [l, 1, 1, 1]."""
 
     def decode(self) -> jax.Array:
         """Return the weight, shape of `codes`, dtype `self.dtype`."""
@@ -43,6 +45,8 @@ class Quantized:
     scale: jax.Array | None
     grid: Grid = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+    input_scale: jax.Array | None = None
+    """As in `Encoded`; the seam finds it with the weight, sliced by the scan over layers like the weight."""
 
     def dense(self) -> jax.Array:
         """Return the weight as an array of dtype `self.dtype`."""
@@ -59,7 +63,8 @@ def is_encoded(node: object) -> bool:
 
 def stored(encoded: Encoded) -> Quantized:
     """Return the node that the model is called with when only codes and scales are held, in as little as they take."""
-    return Quantized(None, encoded.codes.astype(encoded.held_dtype), encoded.scale, encoded.grid, encoded.dtype)
+    codes = encoded.codes.astype(encoded.held_dtype)
+    return Quantized(None, codes, encoded.scale, encoded.grid, encoded.dtype, encoded.input_scale)
 
 
 def dense(weight: Weight) -> jax.Array:

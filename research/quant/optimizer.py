@@ -34,6 +34,7 @@ from research.quant.latents import keep_latent
 from research.quant.nodes import Encoded, Quantized
 from research.quant.oscillation import count_oscillation, freeze_codes, freeze_latent, start_counting
 from research.quant.policy import Format, Policy, shapes_by_path
+from research.quant.ranges import uncalibrated
 from research.quant.scales import first_logarithm, fresh_scale, logarithm_gradient, next_logarithm, next_scale
 from research.quant.stages import at_step
 from research.quant.state import QuantizeState, find, is_masked, is_node, map_formats, replace_state
@@ -65,7 +66,8 @@ def quantize(
         formats, step = policy.formats(shapes_by_path(params)), jnp.zeros((), jnp.int32)
 
         def first(form: Format, w: jax.Array, log_scale: Any, p: jax.Array) -> Encoded:
-            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
+            found = _encode(form, w, fresh_scale(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
+            return replace(found, input_scale=uncalibrated(form))
 
         wide = map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
         latent = map_formats(formats, lambda form, w: keep_latent(form, w, step), wide)
@@ -102,7 +104,8 @@ def quantize(
         learned, scale_state = _learn(scales, state, grads, latent, step)
 
         def land(form: Format, e: Encoded, before: jax.Array, after: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, after, next_scale(form, e.scale, before, after, log_scale, step), step, e.dtype)
+            scale = next_scale(form, e.scale, before, after, log_scale, step)
+            return replace(_encode(form, after, scale, step, e.dtype), input_scale=e.input_scale)
 
         landed = map_formats(formats, land, state.encoded, state.latent, latent, learned)
         counted = map_formats(
@@ -151,7 +154,7 @@ def view(params: PyTree, state: PyTree) -> PyTree:
     """
 
     def one(form: Format, e: Encoded, p: jax.Array) -> Any:
-        return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype)
+        return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype, e.input_scale)
 
     found = find(state)
     return map_formats(dict(found.formats), one, found.encoded, params, keep=1)
@@ -179,7 +182,8 @@ def with_latents(state: PyTree, latents: PyTree) -> PyTree:
         formats, step = dict(found.formats), found.count
 
         def land(form: Format, e: Encoded, w: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, w, fresh_scale(form, w, log_scale, step), step, e.dtype)
+            found = _encode(form, w, fresh_scale(form, w, log_scale, step), step, e.dtype)
+            return replace(found, input_scale=e.input_scale)
 
         latent = map_formats(formats, lambda form, w: keep_latent(form, _widen(w), step), latents)
         landed = map_formats(formats, land, found.encoded, latent, found.learned)

@@ -34,8 +34,9 @@ class _Leaves(Mapping[str, native.Leaf]):
         if not isinstance(leaf, Encoded):
             return unplace(path, leaf, table)
         scale = None if leaf.scale is None else unplace(f"{path}/scale", leaf.scale, table)
+        inputs = None if leaf.input_scale is None else unplace(f"{path}/input_scale", leaf.input_scale, table)
         name = _name(self.setup.formats[path], self.step)
-        return native.StoredLeaf(unplace(f"{path}/codes", leaf.codes, table), scale, name)
+        return native.StoredLeaf(unplace(f"{path}/codes", leaf.codes, table), scale, name, inputs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.encoded)
@@ -91,6 +92,12 @@ def _place(path: str, leaf: native.Leaf, setup: Setup, step: int) -> Any:
     if isinstance(leaf, np.ndarray):
         return place(path, leaf, setup.table, setup.mesh)
     assert form is not None
+    if (leaf.input_scale is None) != (form.input_scale_shape is None):
+        found = "no" if leaf.input_scale is None else "a"
+        raise UserError(f"{path} has {found} static scale in the export, its config: {form.rule.activation!r}")
     codes = place(f"{path}/codes", leaf.codes, setup.table, setup.mesh)
     scale = None if leaf.scale is None else place(f"{path}/scale", leaf.scale, setup.table, setup.mesh)
-    return Encoded(codes, scale, form.grid, setup.train.param_dtype, form.held_dtype)
+    inputs = None
+    if leaf.input_scale is not None:
+        inputs = place(f"{path}/input_scale", leaf.input_scale, setup.table, setup.mesh)
+    return Encoded(codes, scale, form.grid, setup.train.param_dtype, form.held_dtype, inputs)
