@@ -73,6 +73,7 @@ ROUND = (
     pytest.param(tiny.W8A8, SHORT_WAY, id="w8a8, short"),
     pytest.param(tiny.W8A8, LONG_WAY, id="w8a8, long", marks=pytest.mark.slow),
     pytest.param(SCHEDULED, LONG_WAY, id="scheduled, long", marks=pytest.mark.slow),
+    pytest.param(tiny.STATIC, LONG_WAY, id="static, long", marks=pytest.mark.slow),
 )
 
 
@@ -105,8 +106,9 @@ def test_state_goes_round_the_meshes_unchanged(
         pytest.param(tiny.FLOAT, marks=pytest.mark.slow),
         LEARNED,
         pytest.param(SCHEDULED, marks=pytest.mark.slow),
+        pytest.param(tiny.STATIC, marks=pytest.mark.slow),
     ),
-    ids=("w8a8", "float", "learned and annealed", "scheduled"),
+    ids=("w8a8", "float", "learned and annealed", "scheduled", "static"),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     sizes = {"tensor": 4}

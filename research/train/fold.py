@@ -19,7 +19,7 @@ from research.foundation import Foundation
 from research.model.folding import HEAD, FloatModel, rotate
 from research.model.placement import place_float
 from research.model.smoothing import BOUNDARIES, input_maxima, logical_maxima, smooth, smoothing_factors
-from research.setup import batch_ways, make_setup, put_batch
+from research.setup import fitting_rows, make_setup, put_batch
 from research.tasks.batches import Batch, scoring_batches, without_empty_rows
 from research.tasks.encoding import EncodedExamples
 
@@ -83,8 +83,7 @@ def calibrate_maxima(
 
 def calibration_batches(examples: Examples, experiment: Experiment, mesh: Mesh) -> Iterator[Batch]:
     """Yield the rows of a calibration, from all over the training split: a prompt and all labels, as scoring reads."""
-    ways = batch_ways(mesh)
-    rows = -(-experiment.evaluation.batch_size // ways) * ways
+    rows = fitting_rows(experiment.evaluation.batch_size, mesh)
     some = sample(examples.splits["train"], experiment.fold.calibration_examples)
     return (part.batch for part in scoring_batches(some, examples.config.lengths, rows))
 
