@@ -33,7 +33,7 @@ FLOAT: tuple[Rule, ...] = ()
 WEIGHT_ONLY = (Rule(match=".*", weight="int8"),)
 W8A8 = (Rule(match=".*", weight="int8", activation="int8"),)
 STATIC = (  # both statistics, and beside integers a cast grid, whose products are of floats
-    Rule(match="layers/mlp/.*", weight="int8", activation="int8:static:99.5"),
+    Rule(match="layers/(mlp/.*|attention/q.*)", weight="int8", activation="int8:static:97"),
     Rule(match="layers/attention/v.*", weight="fp16", activation="int8:static:ema"),
     Rule(match=".*", weight="int8", activation="int8:static:ema"),
 )
