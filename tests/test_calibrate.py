@@ -127,6 +127,7 @@ def test_without_static_scales_nothing_runs() -> None:
     assert calibrate_inputs(run.state, run.setup, iter(lambda: pytest.fail("not needed"), None), quiet) is run.state
 
 
+@pytest.mark.slow
 def test_inputs_that_are_not_finite_are_named() -> None:
     weights = tiny.foundation()
     weights["norm/scale_d"][3] = np.inf

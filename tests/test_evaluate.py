@@ -37,7 +37,7 @@ MIXED = (  # every kind of product in one program: fp16 weights, weight-only int
     ("rules", "tensor"),
     (
         (tiny.W8A8, 4),
-        (tiny.STATIC, 4),
+        pytest.param(tiny.STATIC, 4, marks=pytest.mark.slow),
         pytest.param(MIXED, 1, marks=pytest.mark.slow),
         pytest.param(MIXED, 4, marks=pytest.mark.slow),
     ),

@@ -126,7 +126,6 @@ WEIGHTS_AND_ACTIVATIONS = [
 FORMS = [
     *((PRODUCTS[1], form) for form in [*WEIGHTS_AND_ACTIVATIONS, ("int8", "tensor", "int8")]),
     *itertools.product([PRODUCTS[0], PRODUCTS[2]], WEIGHTS_AND_ACTIVATIONS[::2]),
-    (PRODUCTS[0], ("int8", "channel", STATIC)),
     (PRODUCTS[1], ("int8", "group:32", STATIC)),
 ]
 

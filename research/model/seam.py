@@ -153,7 +153,7 @@ class _Product:
 
 
 class _Rounded(NamedTuple):
-    """An activation as codes, and a scale for each token or group; `inside`: what doesn't saturate, None: nothing."""
+    """An activation as codes, and a scale for each token or group; `inside`: where it doesn't saturate, None: all."""
 
     codes: jax.Array
     scale: jax.Array
