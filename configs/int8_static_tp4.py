@@ -18,7 +18,7 @@ def get_config() -> Experiment:
         mesh=MeshConfig(tensor=4),
         quantization=(
             Rule(match="layers/mlp/down_fd", weight="int8", activation="int8"),
-            Rule(match="layers/(attention|mlp)/.*", weight="int8", activation=STATIC),
+            Rule(match="layers/(attention/.*|mlp/(gate|up)_df)", weight="int8", activation=STATIC),
             Rule(match="(embed|head)/table_vd", weight="int8", activation=STATIC),
         ),
     )
