@@ -86,6 +86,8 @@ class Comparison:
     """Budget and arithmetic; train.distill is for qat+distillation alone."""
     score_batch: int = 8
     """Documents per forward when judging."""
+    calibration_rows: int = 64
+    """Training rows whose activations static scales look at, evenly spread over all."""
     bootstrap_samples: int = 2000
     """Resamples of documents behind each 95 % interval."""
 
@@ -106,7 +108,7 @@ class Comparison:
             f"train.distill={self.train.distill} with treatments={self.treatments}: qat+distillation needs a share of"
             " the loss, e.g. 1.0, and nothing else uses it",
         )
-        for name in ("score_batch", "bootstrap_samples"):
+        for name in ("score_batch", "calibration_rows", "bootstrap_samples"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: give 1 or more")
 
     def experiment(self, rules: tuple[Rule, ...], *, distill: bool) -> Experiment:

@@ -141,8 +141,9 @@ class Rule:
     oscillation_momentum: float = 0.01
     """Weight of the newest step in the averages that are counted."""
     activation: str = "none"
-    """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token) or
-    int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it)."""
+    """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token),
+    int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it), or one scale for all, found before training and
+    kept: int8:static:ema (average of the largest magnitudes) or int8:static:99.9 (percentile of the magnitudes)."""
     axes: str = ""
     """Axis letters of the weight where its own model doesn't tell them, e.g. "io"."""
     contract: str = ""
@@ -250,7 +251,7 @@ class FoldConfig:
     smooth: float = 0.0
     """Share of the activations' outliers that moves into the weights (SmoothQuant's alpha, about 0.5); 0 = off."""
     calibration_examples: int = 64
-    """Training examples whose activations smooth looks at, evenly spread over the split."""
+    """Training examples whose activations smooth and static scales look at, evenly spread over the split."""
 
     def __post_init__(self) -> None:
         check_types(self, "fold.")

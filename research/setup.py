@@ -80,6 +80,11 @@ def batch_ways(mesh: Mesh) -> int:
     return prod(mesh.shape[axis] for axis in ROWS)
 
 
+def fitting_rows(batch_size: int, mesh: Mesh) -> int:
+    """Return `batch_size` rounded up to what the mesh divides."""
+    return -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
+
+
 def require_batch_fits(train: TrainConfig, lengths: Sequence[int], mesh: Mesh) -> None:
     """Raise `UserError`, naming valid sizes, if a micro-batch or its `lengths` in tokens don't divide over the mesh."""
     ways, rows, context = batch_ways(mesh), train.batch_size // train.accumulate, mesh.shape["context"]

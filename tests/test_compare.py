@@ -104,6 +104,18 @@ def test_a_stopped_comparison_runs_what_is_missing_and_nothing_else(
         assert again["loss"] == arm["loss"] and again["divergence"] == arm["divergence"], name
 
 
+@pytest.mark.slow
+def test_static_scales_are_calibrated_on_the_training_documents(folder: Path, call: Call) -> None:
+    config = CONFIG.replace('weight="int3"', 'weight="int8", activation="int8:static:99.9"')
+    config = config.replace("steps=20", "steps=2").replace("distill=1.0", "distill=0.0")
+    (folder / "static.py").write_text(config.replace("control=False", 'control=False, treatments=("ptq", "qat")'))
+    done = call("compare.py", "--config", "static.py", "--config.calibration_rows=10")
+    assert done.code == 0, done.err
+    assert done.out.count("Calibration: static scales of the inputs of 7 weights, after 10 texts") == 2
+    for arm in (PTQ, QAT):
+        assert 0 < done.last["arms"][arm]["divergence"]["value"] < 1
+
+
 def test_mistakes(folder: Path, found: dict[str, Any], call: Call) -> None:
     config = ("--config", "tiny.py")
     for flags, part in (

@@ -26,7 +26,7 @@ DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)
 @lru_cache
 def _model(policy: str, kv_cache: str = "float") -> tiny.Tiny:
     """Ten query heads share two kv heads, laid out for four ways: copies of the kv heads, and padded queries."""
-    rules = tiny.FLOAT if policy == "float" else tiny.W8A8
+    rules = {"float": tiny.FLOAT, "w8a8": tiny.W8A8, "static": tiny.STATIC}[policy]
     return tiny.make(tiny.GQA_10_2, rules, padded_for=4, kv_grid=GRIDS.get(kv_cache))
 
 
@@ -62,7 +62,13 @@ def test_cached_greedy_tokens_are_those_without_a_cache(policy: str, tokens: int
 
 
 @pytest.mark.parametrize(
-    "policy, kv_cache", [("w8a8", "float"), ("w8a8", "int8"), pytest.param("float", "fp8_e4m3", marks=SLOW)]
+    "policy, kv_cache",
+    [
+        ("w8a8", "float"),
+        ("w8a8", "int8"),
+        pytest.param("float", "fp8_e4m3", marks=SLOW),
+        pytest.param("static", "float", marks=SLOW),
+    ],
 )
 def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> None:
     """Two tokens at once, then one by one, in a cache that is longer than the text."""

@@ -29,6 +29,7 @@ from commands import (
 
 from research.formats import native
 from research.foundation import load_foundation
+from research.mesh import AXES
 from research.run_folder import SUMMARY_KEYS
 
 
@@ -183,7 +184,7 @@ def evaluated(folder: Path, trained: tuple[Path, Done]) -> dict[str, Any]:
 def test_evaluation_repeats_the_summary(evaluated: dict[str, Any], summary: dict[str, Any]) -> None:
     assert evaluated["loss"] == summary["loss_finetuned"] and evaluated["macro_f1"] == summary["finetuned"]
     assert evaluated["accuracy"] == summary["results"]["finetuned"]["accuracy"]["value"]
-    assert evaluated["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2} and evaluated["task"].startswith("own_data")
+    assert evaluated["mesh"] == dict.fromkeys(AXES, 1) | {"tensor": 2} and evaluated["task"].startswith("own_data")
     assert evaluated["tokens"] > evaluated["examples"] > 0
 
 
@@ -193,7 +194,7 @@ def test_evaluation_on_the_devices_that_the_user_simulates(folder: Path, evaluat
     newest = checkpoints(folder / "runs" / "tiny")[-1].relative_to(folder)
     arguments = ("--checkpoint", str(newest), "--config.mesh.data=2", "--config.mesh.tensor=-1")
     found = run(folder, "evaluate.py", *arguments, **eight).last
-    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert found["mesh"] == dict.fromkeys(AXES, 1) | {"data": 2, "tensor": 4}
     assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-3)  # docs/decisions/0001-numerics.md
     assert abs(found["accuracy"] - evaluated["accuracy"]) <= 1 / evaluated["examples"]
     done = finish(start(folder, "evaluate.py", "--checkpoint", str(newest), "--config.mesh.data=16", **eight))
@@ -266,9 +267,7 @@ def test_the_untouched_foundation_is_evaluated(folder: Path, summary: dict[str, 
     (folder / "text.txt").write_text("A text with nothing but words, and then some more of them.")
     text = call("evaluate.py", *foundation, "--text", "text.txt").last
     assert text.keys() == {"loss", "tokens", "mesh", "perplexity", "window"}
-    assert text["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and text["perplexity"] == pytest.approx(
-        np.exp(text["loss"])
-    )
+    assert text["mesh"] == dict.fromkeys(AXES, 1) and text["perplexity"] == pytest.approx(np.exp(text["loss"]))
     windows = call("evaluate.py", *foundation, "--text", "text.txt", "--window", "8", "--config.mesh.data=2").last
     assert windows["tokens"] < text["tokens"] and windows["window"] == 8
 

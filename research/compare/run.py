@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from research.model.placement import place_float
 from research.progress import Progress
 from research.report import say
 from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
-from research.setup import Setup, make_setup
-from research.tasks.batches import window_training_batches
+from research.setup import Setup, fitting_rows, make_setup
+from research.tasks.batches import Batch, window_batch, window_training_batches
+from research.train.calibrate import calibrate_inputs
+from research.train.fold import evenly
 from research.train.loop import train
 from research.train.state import encoded_weights, serving_weights
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
@@ -116,6 +119,8 @@ def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
         return Result(judge(bench, arm.name, setup, bench.float_weights), size)
     tx = make_optimizer(bench.comparison.optimizer, bench.comparison.train, setup.policy, setup.table)
     state = make_state(tx, place_float(bench.foundation.read, setup.table, bench.mesh), setup.table, bench.mesh)
+    say_calibrated = partial(say, bench.console, "Calibration")
+    state = calibrate_inputs(state, setup, _calibration_batches(bench), say_calibrated)
     seconds = speed = 0.0
     if arm.is_trained:
         started = time.monotonic()
@@ -124,6 +129,15 @@ def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
     weights = serving_weights(encoded_weights(state))
     del state
     return Result(judge(bench, arm.name, setup, weights), size, seconds, speed)
+
+
+def _calibration_batches(bench: Bench) -> Iterator[Batch]:
+    """Yield rows from all over the training documents."""
+    comparison, train = bench.comparison, bench.corpus.train
+    windows = [train[number] for number in evenly(len(train), comparison.calibration_rows)]
+    size = fitting_rows(comparison.score_batch, bench.mesh)
+    for start in range(0, len(windows), size):
+        yield window_batch(windows[start : start + size], size, comparison.corpus.window)
 
 
 def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, folder: Path) -> tuple[TrainState, float]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.setup import Setup, batch_ways, put_batch
+from research.setup import Setup, fitting_rows, put_batch
 from research.tasks.batches import Batch, window_batch
 from research.tasks.scores import Score, bootstrap, nll_per_token
 from research.train.metrics import AgainstTeacher, answers_against_teacher
@@ -62,8 +62,7 @@ def score_documents(
     report: Callable[[int], None] = lambda done: None,
 ) -> DocumentScores:
     """Return the sums of each window, a document's; `batch_size` is rounded up to what the mesh divides."""
-    ways, length = batch_ways(setup.mesh), max(map(len, windows))
-    size = -(-batch_size // ways) * ways
+    size, length = fitting_rows(batch_size, setup.mesh), max(map(len, windows))
     found = []
     for start in range(0, len(windows), size):
         part = windows[start : start + size]

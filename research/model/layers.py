@@ -16,6 +16,7 @@ from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
 from research.model.parameters import HeadPlan, Parameter
 from research.model.seam import Input, Route, constrain, einsum, explicit, place, prepare, ways_of, whole
+from research.quant.activations import statistic_of
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
 from research.quant.nodes import Quantized, Weight, dense
@@ -78,13 +79,16 @@ class Settings:
         return place(x_btd, self.residual(x_btd.shape[1]))
 
     def share(self, paths: tuple[str, ...], x_btd: jax.Array) -> Weight:
-        """Return the input of products with the weights at `paths`, prepared once where they round it the same."""
+        """Return the input of products with the weights at `paths`, prepared once where they round it the same.
+
+        Static scales lie with their weights: those products prepare it themselves.
+        """
         kinds = {self.activations.get(path, "none") for path in paths}
-        if len(kinds) > 1:
+        if len(kinds) > 1 or any(map(statistic_of, kinds)):
             return x_btd
         t, dtype = x_btd.shape[1], jnp.dtype(self.compute_dtype)
         how = Input(kinds.pop(), (2,), x_btd.dtype, dtype, self.residual(t), self.spec("btd", t))
-        return prepare(how, x_btd)
+        return prepare(how, x_btd, None)
 
     def product(self, path: str, subscripts: str, x: Weight, param: nnx.Param) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""

@@ -22,7 +22,7 @@ from research.quant.policy import Format, path_of
 
 Table = Mapping[str, Parameter]
 
-PARTS = ("codes", "scale", "offset", "frequency", "average", "direction")
+PARTS = ("codes", "scale", "offset", "input_scale", "frequency", "average", "direction")
 """Names of the arrays that one parameter may have in the place of itself."""
 
 
@@ -140,7 +140,8 @@ def abstract_weights(table: Table, formats: Mapping[str, Format], dtype: str, me
         numbers = jax.ShapeDtypeStruct(form.scale_shape, np.float16)
         scale, offset = numbers if form.grid.is_scaled else None, numbers if form.grid.is_affine else None
         codes = jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(form.grid.code_dtype))
-        return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset)  # pyright: ignore[reportArgumentType]
+        inputs = None if form.input_scale_shape is None else jax.ShapeDtypeStruct(form.input_scale_shape, np.float32)
+        return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset, inputs)  # pyright: ignore[reportArgumentType]
 
     return abstract(tree_of({path: one(path, parameter) for path, parameter in table.items()}), table, mesh)
 

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from research.quant.activations import dequantize_tokens, group_size, quantize_groups, quantize_tokens
+from research.quant.activations import (
+    dequantize_tokens,
+    group_size,
+    quantize_groups,
+    quantize_static,
+    quantize_tokens,
+    statistic_of,
+)
 from research.quant.grid import GRIDS
 from research.quant.nodes import Quantized, Weight, dense
 
@@ -43,9 +50,11 @@ class Route:
 class Input:
     """How an activation goes into products.
 
-    `activation`: "none", "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token;
-    `contracted`: axes that the products sum over; `x_dtype`, `dtype`: of the activation and of the products; `lies`,
-    `used`: where it lies and where the products want it, None where nothing is split.
+    `activation`: "none", "int8" = symmetric per token, "int8:group:32" = per 32 consecutive inputs of a token, or
+    "int8:static:…" = with a scale that is given; `contracted`: axes that the products sum over; `x_dtype`, `dtype`: of
+    the activation and of the products; `lies`, `used`: where it lies and where the products want it, None where nothing
+    is split; `trained`: whether a static scale is to be NaN for a token that isn't finite. The others are so by
+    themselves; to look for it takes the reduction that a static scale spares those who serve.
     """
 
     activation: str
@@ -54,29 +63,52 @@ class Input:
     dtype: jnp.dtype
     lies: PartitionSpec | None = None
     used: PartitionSpec | None = None
+    trained: bool = False
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def prepare(how: Input, x: jax.Array) -> Weight:
+def prepare(how: Input, x: jax.Array, input_scale: jax.Array | None) -> Weight:
     """Return an activation as products take it, where they want it: rounded, then moved as codes and scales.
 
-    So that products of one input share the work. The gradient passes unchanged; it is that of the rounded values.
+    So that products of one input share the work. The gradient is straight-through: that of the rounded values, and 0
+    where a static scale saturates.
     """
+    return _prepare_fwd(how, x, input_scale)[0]
+
+
+def _prepare_fwd(how: Input, x: jax.Array, input_scale: jax.Array | None):
     if how.activation == "none":
-        return _move(x.astype(how.dtype), how)
-    group = group_size(how.activation)
-    parts = quantize_groups(x, how.contracted[-1], group) if group else quantize_tokens(x, how.contracted)
-    codes, scale = _move(parts, how)
-    return Quantized(dequantize_tokens(codes, scale, how.dtype), codes, scale, GRIDS["int8"], how.dtype.name)
+        return _move(x.astype(how.dtype), how), None
+    inside = None
+    if input_scale is not None:
+        codes, scale, inside = _round_to_static(how, x, whole(input_scale))
+    elif group := group_size(how.activation):
+        codes, scale = quantize_groups(x, how.contracted[-1], group)
+    else:
+        codes, scale = quantize_tokens(x, how.contracted)
+    codes, scale = _move((codes, scale), how)
+    x_hat = dequantize_tokens(codes, scale, how.dtype)
+    return Quantized(x_hat, codes, scale, GRIDS["int8"], how.dtype.name), inside
 
 
-def _prepare_bwd(how: Input, _: None, gradient: Weight) -> tuple[jax.Array]:
+def _round_to_static(how: Input, x: jax.Array, input_scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return codes, a scale for each token, and which elements don't saturate."""
+    codes, inside = quantize_static(x, input_scale)
+    token = tuple(1 if axis in how.contracted else size for axis, size in enumerate(x.shape))
+    scale = jnp.broadcast_to(input_scale.reshape((1,) * x.ndim), token)
+    if how.trained:
+        scale = jnp.where(jnp.isfinite(x).all(axis=how.contracted, keepdims=True), scale, jnp.nan)
+    return codes, scale, inside
+
+
+def _prepare_bwd(how: Input, inside: jax.Array | None, gradient: Weight) -> tuple[jax.Array, None]:
     g = gradient.value if isinstance(gradient, Quantized) else gradient
     assert g is not None
-    return ((g if how.lies is None else place(g, how.lies)).astype(how.x_dtype),)
+    g = g if how.lies is None else place(g, how.lies)
+    return (g if inside is None else jnp.where(inside, g, 0)).astype(how.x_dtype), None
 
 
-prepare.defvjp(lambda how, x: (prepare(how, x), None), _prepare_bwd)
+prepare.defvjp(_prepare_fwd, _prepare_bwd)
 
 
 def _move(parts: Any, how: Input) -> Any:
@@ -98,14 +130,20 @@ def einsum(
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
-    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: as in `Input`;
-    it says nothing of an `x` that comes from `prepare`. `route`: None where nothing is split. The backward pass is the
-    straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: as in `Input`,
+    a static scale is the weight's `input_scale`; it says nothing of an `x` that comes from `prepare`. `route`: None
+    where nothing is split. The backward pass is the straight-through estimator: dL/dx uses the weight on its grid, and
+    is 0 where a static scale saturates; dL/dw uses the quantized activation.
     """
     product = _Product(subscripts, jnp.dtype(dtype or x.dtype), route)
     if not isinstance(x, Quantized):
+        input_scale = w.input_scale if isinstance(w, Quantized) and statistic_of(activation) else None
+        if statistic_of(activation) and input_scale is None:
+            raise ValueError(f"einsum {subscripts!r}: activation={activation!r} needs a weight with an input_scale")
         places = (None, None) if route is None else (route.x, route.x_used)
-        x = prepare(Input(activation, product.contracted, x.dtype, product.dtype, *places), x)
+        trained = isinstance(w, Quantized) and w.value is not None
+        how = Input(activation, product.contracted, x.dtype, product.dtype, *places, trained)
+        x = prepare(how, x, input_scale)
     if isinstance(x, Quantized) and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
         return _integer_product(product, x, w)
     return _float_product(product, dense(x), w)
@@ -228,7 +266,8 @@ def _used_w(product: _Product, w: W) -> W:
     route = product.route
     if route is None or not any(ways_of(entry) > 1 for entry in set(route.w) - set(route.w_used)):
         return w
-    return split(replace(w, value=None) if isinstance(w, Quantized) else w, route.w_used)
+    moved = replace(w, value=None, input_scale=None) if isinstance(w, Quantized) else w
+    return split(moved, route.w_used)
 
 
 def _laid(product: _Product, y: jax.Array) -> jax.Array:

@@ -262,14 +262,23 @@ def window_batch(windows: Sequence[np.ndarray], batch_size: int, length: int) ->
     return batch
 
 
+def without_empty_rows(batch: Batch) -> Batch:
+    """Return the batch with the one token of its empty rows marked as padding: it is of no text."""
+    return batch._replace(branch_bt=np.where(_filled(batch)[:, None], batch.branch_bt, -1))
+
+
 def padding_share(batches: Iterable[Batch]) -> float:
     """Return the fraction of the batches' positions that hold no token of an example."""
     total = used = 0
     for batch in batches:
-        filled_b = (batch.answer_ba > 0).any(axis=1)
         total += batch.branch_bt.size
-        used += int((batch.branch_bt[filled_b] >= 0).sum())
+        used += int((batch.branch_bt[_filled(batch)] >= 0).sum())
     return 1 - used / total if total else 0.0
+
+
+def _filled(batch: Batch) -> np.ndarray:
+    """Return which rows are no empty ones, boolean [b]."""
+    return np.any(batch.answer_ba > 0, axis=1)
 
 
 def bucket(length: int, lengths: Sequence[int]) -> int:

@@ -37,10 +37,11 @@ from research.run_folder import RunFolder, read_config, read_metrics
 from research.setup import Setup, make_setup, require_batch_fits, setup_of
 from research.tasks.batches import training_batches
 from research.tasks.scores import score_labels, score_majority
+from research.train.calibrate import calibrate_inputs
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
-from research.train.fold import rotate_foundation, smooth_foundation
+from research.train.fold import calibration_batches, rotate_foundation, smooth_foundation
 from research.train.loop import Trained, train
 from research.train.open_run import open_checkpoint
 from research.train.state import (
@@ -192,6 +193,8 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     state = _restored(job, folder, tx) if resume else None
     if state is None:
         state = make_state(tx, place_float(_smoothed(job).read, setup.table, job.mesh), setup.table, job.mesh)
+        batches = calibration_batches(job.examples, experiment, job.mesh)
+        state = calibrate_inputs(state, setup, batches, lambda line: say(job.console, "Calibration", line))
     step = make_step(
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )

@@ -3,7 +3,7 @@
 In this order: a rotation folds the scales of the norms away, and with them the factors that smoothing has put there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -19,8 +19,8 @@ from research.foundation import Foundation
 from research.model.folding import HEAD, FloatModel, rotate
 from research.model.placement import place_float
 from research.model.smoothing import BOUNDARIES, input_maxima, logical_maxima, smooth, smoothing_factors
-from research.setup import batch_ways, make_setup, put_batch
-from research.tasks.batches import scoring_batches
+from research.setup import fitting_rows, make_setup, put_batch
+from research.tasks.batches import Batch, scoring_batches, without_empty_rows
 from research.tasks.encoding import EncodedExamples
 
 
@@ -50,15 +50,12 @@ def smooth_foundation(
     alpha = experiment.fold.smooth
     if alpha == 0:
         return foundation
-    calibration = replace(
-        examples, splits={"train": sample(examples.splits["train"], experiment.fold.calibration_examples)}
-    )
     model = _float_model(foundation)
-    maxima = calibrate_maxima(foundation, experiment, calibration, mesh)
+    maxima = calibrate_maxima(foundation, experiment, examples, mesh)
     extremes = [
         factor for boundary in BOUNDARIES for factor in _range(smoothing_factors(boundary, model, maxima, alpha))
     ]
-    count = len(calibration.splits["train"].prompts)
+    count = min(experiment.fold.calibration_examples, len(examples.splits["train"].prompts))
     report(
         f"smoothed with fold.smooth={alpha:g} after {count} training examples; factors {min(extremes):.2g} to "
         f"{max(extremes):.2g}"
@@ -69,29 +66,38 @@ def smooth_foundation(
 def calibrate_maxima(
     foundation: Foundation, experiment: Experiment, examples: Examples, mesh: Mesh
 ) -> Mapping[str, np.ndarray]:
-    """Return the largest input channels of the float model's products over the training examples, by path.
+    """Return the largest input channels of the float model's products over some training examples, by path.
 
-    The rows are those that scoring reads: a prompt and all labels. Float32, see `logical_maxima`.
+    Float32, see `logical_maxima`.
     """
     setup = make_setup(foundation.architecture, (), experiment.train, mesh)
     weights = place_float(foundation.read, setup.table, mesh)
     see = jax.jit(partial(input_maxima, setup.settings), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    ways = batch_ways(mesh)
-    rows = -(-experiment.evaluation.batch_size // ways) * ways
     found: dict[str, np.ndarray] = {}
-    for part in scoring_batches(examples.splits["train"], examples.config.lengths, rows):
-        real_b1 = part.example_b[:, None] >= 0  # an empty row has a token that no text has
-        batch = put_batch(part.batch._replace(branch_bt=np.where(real_b1, part.batch.branch_bt, -1)), mesh)
+    for part in calibration_batches(examples, experiment, mesh):
+        batch = put_batch(without_empty_rows(part), mesh)
         seen = logical_maxima(see(weights, batch.tokens_bt, batch.position_bt, batch.branch_bt), setup.table)
         found = {path: np.maximum(found.get(path, 0), maximum) for path, maximum in seen.items()}
     return found
 
 
+def calibration_batches(examples: Examples, experiment: Experiment, mesh: Mesh) -> Iterator[Batch]:
+    """Yield the rows of a calibration, from all over the training split: a prompt and all labels, as scoring reads."""
+    rows = fitting_rows(experiment.evaluation.batch_size, mesh)
+    some = sample(examples.splits["train"], experiment.fold.calibration_examples)
+    return (part.batch for part in scoring_batches(some, examples.config.lengths, rows))
+
+
 def sample(examples: EncodedExamples, count: int) -> EncodedExamples:
     """Return `count` examples spread evenly over all, or all if there are no more."""
-    numbers = np.linspace(0, len(examples.prompts) - 1, min(count, len(examples.prompts))).astype(int)
+    numbers = evenly(len(examples.prompts), count)
     prompts = tuple(examples.prompts[number] for number in numbers)
     return replace(examples, prompts=prompts, gold_e=examples.gold_e[numbers])
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """Return `count` numbers spread evenly over 0 … `total` - 1, int64, or all of them if there are no more."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def _float_model(foundation: Foundation) -> FloatModel:
