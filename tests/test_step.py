@@ -119,9 +119,8 @@ def test_sharded_equals_single_in_w8a8(
     assert bool(is_on_grid(run.state.params, run.state.optimizer))
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"data": 4}, pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=_name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=_name)
 def test_latents_and_moments_split_over_data_change_nothing(sizes: dict[str, int]) -> None:
     """Bit for bit but for the norm of the gradients, a sum in another order."""
     plain, split = tiny.start(tiny.W8A8, **sizes), tiny.start(tiny.W8A8, train=ZERO, **sizes)
