@@ -51,7 +51,7 @@ def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[
         "codes and scales": quantized.encoded,
         "moments": quantized.inner_state,
         "oscillation": quantized.counted,
-        "gradients": abstract(floats, setup.table, mesh),
+        "gradients": abstract({"gradients": floats}, setup.table, mesh),
     }
     if experiment.train.distill:
         parts["teacher"] = abstract(floats, setup.table, mesh)

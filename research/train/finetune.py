@@ -24,7 +24,7 @@ from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
 from research.plot import plot_loss
-from research.report import (
+from research.report import (, describe_positions
     cost_footer,
     next_commands,
     print_commands,
@@ -112,6 +112,8 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
     setup = setup_of(experiment, start.architecture, mesh)
+    if whole := describe_positions(experiment.task.lengths, mesh.shape):
+        say(console, "Positions", whole)
     return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 
