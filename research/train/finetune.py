@@ -24,8 +24,9 @@ from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
 from research.plot import plot_loss
-from research.report import (, describe_positions
+from research.report import (
     cost_footer,
+    describe_positions,
     next_commands,
     print_commands,
     render_results,
