@@ -27,7 +27,7 @@ from research.progress import Progress
 from research.report import say
 from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
 from research.setup import Setup, make_setup
-from research.tasks.batches import window_training_batches
+from research.tasks.batches import training_batches, window_rows
 from research.train.loop import train
 from research.train.state import encoded_weights, serving_weights
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
@@ -132,13 +132,9 @@ def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, fol
     budget = experiment.train
     teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
     step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)
-    batches = window_training_batches(
-        bench.corpus.train,
-        bench.comparison.corpus.window,
-        seed=budget.seed,
-        steps=budget.steps,
-        batch_size=budget.batch_size,
-        accumulate=budget.accumulate,
+    batches = training_batches(
+        window_rows(bench.corpus.train, bench.comparison.corpus.window),
+        budget,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

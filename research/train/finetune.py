@@ -35,7 +35,7 @@ from research.report import (
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
 from research.setup import Setup, make_setup, require_batch_fits, setup_of
-from research.tasks.batches import training_batches
+from research.tasks.batches import label_rows, training_batches
 from research.tasks.scores import score_labels, score_majority
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
@@ -196,12 +196,8 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )
     batches = training_batches(
-        job.examples.splits["train"],
-        experiment.task.lengths,
-        seed=experiment.train.seed,
-        steps=experiment.train.steps,
-        batch_size=experiment.train.batch_size,
-        accumulate=experiment.train.accumulate,
+        label_rows(job.examples.splits["train"], experiment.task.lengths),
+        experiment.train,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
