@@ -17,7 +17,7 @@ from research.model.placement import array_bytes
 from research.progress import Progress
 from research.report import render_results, say
 from research.results import ModelResult
-from research.setup import Setup, batch_ways, put_batch
+from research.setup import Setup, batch_ways, put_batch, whole_rows
 from research.tasks import load_task
 from research.tasks.batches import Batch, gather_examples, label_logp, scoring_batches, text_batches
 from research.tasks.encoding import EncodedExamples, encode_examples, make_encoder
@@ -81,10 +81,9 @@ def score_examples(
     `batch_size` is rounded up to what the mesh divides; `report` is told how many examples are done.
     """
     encoded = examples.splits[split]
-    ways = batch_ways(setup.mesh)
     scored: list[tuple[Any, np.ndarray]] = []
     done = 0
-    for part in scoring_batches(encoded, examples.config.lengths, -(-batch_size // ways) * ways):
+    for part in scoring_batches(encoded, examples.config.lengths, whole_rows(batch_size, setup.mesh)):
         nll_ba = np.asarray(score(weights, put_batch(part.batch, setup.mesh)))
         scored.append((part, label_logp(part.batch, -nll_ba, len(encoded.answers))))
         done += int((part.example_b >= 0).sum())

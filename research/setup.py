@@ -77,6 +77,11 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def whole_rows(batch_size: int, mesh: Mesh) -> int:
+    """Return the rows of a batch, rounded up to what the mesh divides."""
+    return -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
+
+
 def require_batch_fits(experiment: Experiment, mesh: Mesh) -> None:
     """Raise `UserError`, naming valid sizes, if a micro-batch doesn't divide over the mesh."""
     ways, train = batch_ways(mesh), experiment.train

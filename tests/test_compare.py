@@ -104,6 +104,25 @@ def test_a_stopped_comparison_runs_what_is_missing_and_nothing_else(
         assert again["loss"] == arm["loss"] and again["divergence"] == arm["divergence"], name
 
 
+def test_a_scheme_may_fold_the_foundation_and_is_held_against_the_untouched_one(
+    folder: Path, found: dict[str, Any], call: Call
+) -> None:
+    """Float weights after the fold: the function is the same, so that all of its KL would be a fault."""
+    scheme = "--config.schemes.0."
+    fold = (f"{scheme}fold.rotate=true", f"{scheme}fold.smooth=0.5", f"{scheme}fold.calibration_examples=5")
+    short = ("--config.treatments=ptq,qat", "--config.train.distill=0", "--config.train.steps=1")
+    done = call(
+        "compare.py", "--config", "tiny.py", "--config.run=folded", *fold, *short, f"{scheme}quantization.0.weight=fp32"
+    )
+    assert done.code == 0, done.err
+    assert done.out.count("smoothed with fold.smooth=0.5 after 5 training examples") == 1  # for both arms
+    arms, head_bytes = done.last["arms"], 4 * 112 * 18
+    assert 0 <= arms[PTQ]["divergence"]["value"] < 1e-6 and arms[PTQ]["agreement"]["value"] == 1
+    assert arms[PTQ]["bytes"] == arms[QAT]["bytes"] == found["arms"][FLOAT]["bytes"] + head_bytes  # tied no more
+    assert arms[QAT]["divergence"]["value"] > 1e-3
+    assert arms[QAT]["loss_recovered"] is None  # nothing was lost
+
+
 def test_mistakes(folder: Path, found: dict[str, Any], call: Call) -> None:
     config = ("--config", "tiny.py")
     for flags, part in (
@@ -162,6 +181,9 @@ def test_intervals_are_paired() -> None:
     for score, value in ((found.divergence_recovered, 0.5), (found.loss_recovered, 0.6), (found.agreement, 0.8)):
         assert (score.value, score.low, score.high) == pytest.approx((value, value, value))
     assert figures_of(rounded, base, None, 10).loss_recovered is None
+    unharmed = DocumentScores(nll_e + np.resize([1.0, -1.0], 30), change_e, 0.7 * tokens_e, tokens_e)
+    found = figures_of(trained, base, unharmed, 500)
+    assert found.loss_recovered is None and found.divergence_recovered is not None
 
 
 def option(path: str, size: int, divergence: float) -> Option:

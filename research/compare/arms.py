@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from research.comparison import Comparison
-from research.config import Rule
+from research.comparison import NO_FOLD, Comparison
+from research.config import Experiment, FoldConfig, Rule
 
 FLOAT, CONTROL = "foundation", "fine-tuned"
 
@@ -14,12 +14,13 @@ class Arm:
     """One model of a comparison.
 
     `scheme`: name of the way to quantize, "float" without. `treatment`: one of `comparison.TREATMENTS`, or `FLOAT` or
-    `CONTROL`. `rules`: of the scheme.
+    `CONTROL`. `rules`, `fold`: of the scheme.
     """
 
     scheme: str
     treatment: str
     rules: tuple[Rule, ...] = ()
+    fold: FoldConfig = NO_FOLD
 
     @property
     def name(self) -> str:
@@ -41,12 +42,16 @@ class Arm:
         """Whether it learns from the float foundation's predictions."""
         return self.treatment == "qat+distillation"
 
+    def experiment(self, comparison: Comparison) -> Experiment:
+        """Return what it is trained as; its task is not used."""
+        return comparison.experiment(self.rules, self.fold, distill=self.is_distilled)
+
 
 def arms_of(comparison: Comparison) -> tuple[Arm, ...]:
     """Return the arms in the order of the table."""
     floats = [Arm("float", FLOAT), *([Arm("float", CONTROL)] if comparison.control else [])]
     schemes = [
-        Arm(scheme.name, treatment, scheme.quantization)
+        Arm(scheme.name, treatment, scheme.quantization, scheme.fold)
         for scheme in comparison.schemes
         for treatment in comparison.treatments
     ]

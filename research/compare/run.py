@@ -17,7 +17,7 @@ from research.compare.plot import plot_comparison
 from research.compare.scores import DocumentScores, Figures, figures_of, make_document_score, score_documents
 from research.compare.sensitivity import find_sensitivity
 from research.compare.table import render_comparison, render_sensitivity
-from research.comparison import Comparison
+from research.comparison import NO_FOLD, Comparison
 from research.config_file import differences, from_json, to_json
 from research.environment import peak_host_bytes, versions
 from research.errors import Stopped, UserError
@@ -26,7 +26,7 @@ from research.model.placement import place_float
 from research.progress import Progress
 from research.report import say
 from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
-from research.setup import Setup, make_setup
+from research.setup import Setup, setup_of
 from research.tasks.batches import training_batches, window_rows
 from research.train.loop import train
 from research.train.state import encoded_weights, serving_weights
@@ -52,6 +52,9 @@ def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) 
     path = Path("runs") / f"{comparison.run}-sensitivity"
     with RunFolder.create(path, to_json(comparison)), jax.set_mesh(make_mesh(comparison.mesh)):
         bench = make_bench(comparison, console)
+        folded = [scheme.name for scheme in comparison.schemes if scheme.fold != NO_FOLD]
+        if folded:
+            say(console, "Fold", f"none of {', '.join(folded)}: tensors are rounded as the foundation has them")
         found = find_sensitivity(bench, budget_bytes)
         console.print(render_sensitivity(found, len(bench.corpus.validation)))
         if budget_bytes is not None and found.proposal is None:
@@ -110,12 +113,13 @@ def _result(bench: Bench, arm: Arm, folder: Path) -> Result:
 
 
 def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
-    setup = make_setup(bench.foundation.architecture, arm.rules, bench.comparison.train, bench.mesh)
+    start = bench.start(arm.fold)
+    setup = setup_of(arm.experiment(bench.comparison), start.architecture, bench.mesh)
     size = sum(bytes_by_path(setup).values())
     if arm.treatment == FLOAT:
         return Result(judge(bench, arm.name, setup, bench.float_weights), size)
     tx = make_optimizer(bench.comparison.optimizer, bench.comparison.train, setup.policy, setup.table)
-    state = make_state(tx, place_float(bench.foundation.read, setup.table, bench.mesh), setup.table, bench.mesh)
+    state = make_state(tx, place_float(start.read, setup.table, bench.mesh), setup.table, bench.mesh)
     seconds = speed = 0.0
     if arm.is_trained:
         started = time.monotonic()
@@ -128,7 +132,7 @@ def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
 
 def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, folder: Path) -> tuple[TrainState, float]:
     """Take the steps of the budget; return the state and the training speed, tokens/s."""
-    experiment = bench.comparison.experiment(arm.rules, distill=arm.is_distilled)
+    experiment = arm.experiment(bench.comparison)
     budget = experiment.train
     teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
     step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.setup import Setup, batch_ways, put_batch
-from research.tasks.batches import Batch, window_batch
+from research.setup import Setup, put_batch, whole_rows
+from research.tasks.batches import Batch, window_scoring_batches
 from research.tasks.scores import Score, bootstrap, nll_per_token
 from research.train.metrics import AgainstTeacher, answers_against_teacher
 
@@ -62,14 +62,13 @@ def score_documents(
     report: Callable[[int], None] = lambda done: None,
 ) -> DocumentScores:
     """Return the sums of each window, a document's; `batch_size` is rounded up to what the mesh divides."""
-    ways, length = batch_ways(setup.mesh), max(map(len, windows))
-    size = -(-batch_size // ways) * ways
-    found = []
-    for start in range(0, len(windows), size):
-        part = windows[start : start + size]
-        batch = put_batch(window_batch(part, size, length), setup.mesh)
-        found.append([np.asarray(x_b, np.float64)[: len(part)] for x_b in score(weights, float_weights, batch)])
-        report(start + len(part))
+    found, done = [], 0
+    for part in window_scoring_batches(windows, max(map(len, windows)), whole_rows(batch_size, setup.mesh)):
+        is_real_b = part.example_b >= 0
+        sums = score(weights, float_weights, put_batch(part.batch, setup.mesh))
+        found.append([np.asarray(x_b, np.float64)[is_real_b] for x_b in sums])
+        done += int(is_real_b.sum())
+        report(done)
     nll_e, divergence_e, agrees_e = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return DocumentScores(nll_e, divergence_e, agrees_e, np.array([len(window) - 1 for window in windows], np.float64))
 
@@ -84,7 +83,7 @@ class Figures:
       divergence: KL(float ‖ model), nats per token.
       agreement: share of tokens with the float model's most probable next token.
       divergence_recovered, loss_recovered: share of what rounding alone (PTQ) cost that this arm does not; None where
-        there is nothing to recover from.
+        there is nothing to recover from: the interval of that cost is not above 0.
     """
 
     loss: Score
@@ -106,13 +105,17 @@ def figures_of(arm: DocumentScores, base: DocumentScores, rounded: DocumentScore
     def interval(metric: Callable[..., np.ndarray], *columns: np.ndarray) -> Score:
         return bootstrap(metric, (*columns, tokens_e), samples)
 
+    def recovered(cost_e: np.ndarray, of_rounding_e: np.ndarray) -> Score | None:
+        costs = interval(nll_per_token, of_rounding_e).low > 0
+        return interval(_recovered, cost_e, of_rounding_e) if costs else None
+
     return Figures(
         loss=interval(nll_per_token, arm.nll_e),
         loss_change=interval(nll_per_token, arm.nll_e - base.nll_e),
         divergence=interval(nll_per_token, arm.divergence_e),
         agreement=interval(nll_per_token, arm.agrees_e),
-        divergence_recovered=rounded and interval(_recovered, arm.divergence_e, rounded.divergence_e),
-        loss_recovered=rounded and interval(_recovered, arm.nll_e - base.nll_e, rounded.nll_e - base.nll_e),
+        divergence_recovered=rounded and recovered(arm.divergence_e, rounded.divergence_e),
+        loss_recovered=rounded and recovered(arm.nll_e - base.nll_e, rounded.nll_e - base.nll_e),
     )
 
 

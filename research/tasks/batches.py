@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """A batch whose rows have one branch a label, and the examples that the rows are."""
+    """A batch whose rows have one branch a label, and the examples that the rows are. A plain text has one branch."""
 
     batch: Batch
     example_b: np.ndarray
@@ -235,8 +235,20 @@ def text_batches(tokens: Sequence[int], window: int, batch_size: int = 1) -> Ite
     length = min(window, len(ids))
     # A last window of one token predicts nothing.
     windows = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
+    for part in window_scoring_batches(windows, length, batch_size):
+        yield part.batch
+
+
+def window_scoring_batches(windows: Sequence[np.ndarray], length: int, batch_size: int) -> Iterator[ScoringBatch]:
+    """Yield batches that score windows of plain text, of at most `length` tokens, each once and in their order.
+
+    A window is one branch, as if all its tokens but the first were the answer of an only label. The last batch is
+    filled up with empty rows.
+    """
     for start in range(0, len(windows), batch_size):
-        yield window_batch(windows[start : start + batch_size], batch_size, length)
+        part = windows[start : start + batch_size]
+        numbers = np.pad(np.arange(start, start + len(part)), (0, batch_size - len(part)), constant_values=-1)
+        yield ScoringBatch(window_batch(part, batch_size, length), numbers)
 
 
 def window_batch(windows: Sequence[np.ndarray], batch_size: int, length: int) -> Batch:

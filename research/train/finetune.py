@@ -34,13 +34,13 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
-from research.setup import Setup, make_setup, require_batch_fits, setup_of
-from research.tasks.batches import label_rows, training_batches
+from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
+from research.tasks.batches import label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
-from research.train.fold import rotate_foundation, smooth_foundation
+from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.loop import Trained, train
 from research.train.open_run import open_checkpoint
 from research.train.state import (
@@ -230,8 +230,11 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
 
 
 def _smoothed(job: Job) -> Foundation:
+    experiment, examples = job.experiment, job.examples.splits["train"]
+    chosen = examples.take(spread(len(examples.prompts), experiment.fold.calibration_examples))
+    batches = scoring_batches(chosen, experiment.task.lengths, whole_rows(experiment.evaluation.batch_size, job.mesh))
     return smooth_foundation(
-        job.start, job.experiment, job.examples, job.mesh, lambda line: say(job.console, "Fold", line)
+        job.start, experiment.fold, experiment.train, batches, job.mesh, lambda line: say(job.console, "Fold", line)
     )
 
 
