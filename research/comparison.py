@@ -1,4 +1,4 @@
-"""What `scripts/compare.py` compares: ways to quantize one foundation, on one text corpus, with one budget."""
+"""What `scripts/compare.py` compares: ways to quantize one foundation, on one corpus or task, with one budget."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -10,12 +10,14 @@ from research.config import (
     MeshConfig,
     OptimizerConfig,
     Rule,
+    TaskConfig,
     TrainConfig,
     check_types,
     require,
     require_run_name,
 )
 
+DATA = ("corpus", "task")
 NO_FOLD = FoldConfig()
 TREATMENTS = ("ptq", "qat", "qat+distillation")
 
@@ -86,15 +88,18 @@ class Comparison:
     """How attention keeps keys and values in the arms of all schemes: float, or int8 or fp8_e4m3 codes."""
     control: bool = True
     """Whether the float model is fine-tuned on the same data, too: what training gains without any quantization."""
+    data: str = "corpus"
+    """What models are trained and judged on: corpus (documents) or task (labelled examples)."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     """Budget and arithmetic; train.distill is for qat+distillation alone."""
     score_batch: int = 8
-    """Documents per forward when judging."""
+    """Documents, or examples of a task, per forward when judging."""
     bootstrap_samples: int = 2000
-    """Resamples of documents behind each 95 % interval."""
+    """Resamples of documents or examples behind each 95 % interval."""
 
     def __post_init__(self) -> None:
         check_types(self, "")
@@ -114,6 +119,12 @@ class Comparison:
             f"train.distill={self.train.distill} with treatments={self.treatments}: qat+distillation needs a share of"
             " the loss, e.g. 1.0, and nothing else uses it",
         )
+        require(self.data in DATA, f"data={self.data!r}: give one of {DATA}")
+        for name, default in (("corpus", CorpusConfig()), ("task", TaskConfig())):
+            require(
+                name == self.data or getattr(self, name) == default,
+                f"{name} is set, but has no effect with data={self.data!r}: give data={name!r}, or leave it out",
+            )
         for name in ("score_batch", "bootstrap_samples"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: give 1 or more")
 

@@ -15,8 +15,8 @@ from research.tasks.batches import (
     Batch,
     bucket,
     gather_examples,
-    label_logp,
     label_rows,
+    label_sums,
     padding_share,
     scoring_batches,
     text_batches,
@@ -271,13 +271,13 @@ def test_scoring_covers_each_example_once_and_finds_back() -> None:
         gather_examples([*pairs, pairs[0]], 21)
 
 
-def test_label_logp_sums_each_answer_and_ignores_unused_slots() -> None:
+def test_label_sums_take_each_answer_and_ignores_unused_slots() -> None:
     (scoring,) = scoring_batches(make_examples(2), LENGTHS, batch_size=3)
     batch = scoring.batch
     logp_ba = -batch.target_ba.astype(np.float32)
     logp_ba[batch.answer_ba == 0] = np.nan
     expected_y = [-sum(answer) for answer in ANSWERS]
-    np.testing.assert_array_equal(label_logp(batch, logp_ba, 3), [expected_y, expected_y, [0, 0, 0]])
+    np.testing.assert_array_equal(label_sums(batch, logp_ba, 3), [expected_y, expected_y, [0, 0, 0]])
 
 
 def test_bucket_is_the_smallest_that_fits() -> None:

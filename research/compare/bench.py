@@ -1,8 +1,8 @@
-"""What all models of a comparison share: foundation, corpus, mesh, and the float model that they are held against."""
+"""What all models of a comparison share: foundation, data, mesh, and the float model that they are held against."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from research.compare.material import Material, load_material
 from research.comparison import NO_FOLD, Comparison
 from research.config import FoldConfig
 from research.foundation import Foundation, load_foundation
@@ -19,8 +20,6 @@ from research.model.placement import place_float
 from research.quant.policy import coverage
 from research.report import say
 from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
-from research.tasks.batches import window_scoring_batches
-from research.tasks.corpus import Corpus, load_corpus
 from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.open_run import open_checkpoint
 
@@ -31,7 +30,7 @@ class Bench:
 
     comparison: Comparison
     foundation: Foundation
-    corpus: Corpus
+    material: Material
     mesh: Mesh
     float_setup: Setup
     float_weights: Any
@@ -41,11 +40,8 @@ class Bench:
 
 
 def make_bench(comparison: Comparison, console: Console) -> Bench:
-    """Open foundation and corpus and put the float model on the mesh, saying what is found."""
-
-    def report(line: str) -> None:
-        say(console, "Data", line)
-
+    """Open foundation and data and put the float model on the mesh, saying what is found."""
+    report = partial(say, console, "Data")
     mesh = make_mesh(comparison.mesh)
     say(console, "Mesh", describe(mesh))
     require_batch_fits(comparison.experiment(distill=False), mesh)
@@ -55,30 +51,24 @@ def make_bench(comparison: Comparison, console: Console) -> Bench:
     for scheme in comparison.schemes:  # before anything is trained: a rule that can't be is an error now
         experiment = comparison.experiment(scheme.quantization, scheme.fold, distill=False)
         setup_of(experiment, rotated[scheme.fold].architecture, mesh)
-    corpus = load_corpus(comparison.corpus, foundation.tokenizer, report=report)
+    material = load_material(comparison, foundation.tokenizer, console)
     setup = make_setup(foundation.architecture, (), comparison.train, mesh)
     weights = place_float(foundation.read, setup.table, mesh)
 
     @cache
     def start(fold: FoldConfig) -> Foundation:
-        windows = [corpus.train[number] for number in spread(len(corpus.train), fold.calibration_examples)]
-        rows = whole_rows(comparison.score_batch, mesh)
-        batches = window_scoring_batches(windows, comparison.corpus.window, rows)
-        return smooth_foundation(
-            rotated[fold], fold, comparison.train, batches, mesh, lambda line: say(console, "Fold", line)
-        )
+        numbers = spread(len(material.train), fold.calibration_examples)
+        batches = material.train.batches(numbers, whole_rows(comparison.score_batch, mesh))
+        report = partial(say, console, "Fold")
+        return smooth_foundation(rotated[fold], fold, comparison.train, batches, mesh, report)
 
-    return Bench(comparison, foundation, corpus, mesh, setup, weights, start, console)
+    return Bench(comparison, foundation, material, mesh, setup, weights, start, console)
 
 
 def _rotations(comparison: Comparison, foundation: Foundation, console: Console) -> dict[FoldConfig, Foundation]:
     """Return the foundation as each fold of the schemes rotates it, and as it is."""
-
-    def report(line: str) -> None:
-        say(console, "Fold", line)
-
     folds = dict.fromkeys([NO_FOLD, *(scheme.fold for scheme in comparison.schemes)])
-    return {fold: rotate_foundation(foundation, fold, report) for fold in folds}
+    return {fold: rotate_foundation(foundation, fold, partial(say, console, "Fold")) for fold in folds}
 
 
 def bytes_by_path(setup: Setup) -> dict[str, int]:

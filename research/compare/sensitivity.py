@@ -6,6 +6,7 @@ looked at. Judged on the validation documents, so that the test documents stay u
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -163,8 +164,12 @@ class _Judge:
     def __call__(self, leaves: Mapping[str, jax.Array]) -> Score:
         bench = self._bench
         weights = jax.tree_util.tree_map_with_path(lambda path, w: leaves.get(path_of(path), w), bench.float_weights)
-        windows, batch = bench.corpus.validation, bench.comparison.score_batch
-        found = score_documents(self._score, bench.float_setup, weights, bench.float_weights, windows, batch)
+        found = score_documents(
+            partial(self._score, weights, bench.float_weights),
+            bench.material.validation,
+            bench.comparison.score_batch,
+            bench.mesh,
+        )
         return bootstrap(nll_per_token, (found.divergence_e, found.tokens_e), bench.comparison.bootstrap_samples)
 
 

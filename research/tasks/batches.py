@@ -177,19 +177,19 @@ def scoring_batches(examples: EncodedExamples, lengths: Sequence[int], batch_siz
         yield ScoringBatch(batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1))
 
 
-def label_logp(batch: Batch, logp_ba: np.ndarray, labels: int) -> np.ndarray:
-    """Sum the log-probabilities of predicted tokens over each label's answer.
+def label_sums(batch: Batch, x_ba: np.ndarray, labels: int) -> np.ndarray:
+    """Sum what is known of predicted tokens, e.g. their log-probability, over each label's answer.
 
     Args:
-        batch: as `scoring_batches` made it.
-        logp_ba: log-probability of `target_ba`, nats, [b, a]; whatever stands in unused slots is ignored.
+        batch: as `scoring_batches` or `window_scoring_batches` made it.
+        x_ba: a number for each of `target_ba`, [b, a]; whatever stands in unused slots is ignored.
         labels: number of labels.
 
     Returns:
-        Log-probability of each label, float64, [b, y]; 0 in empty rows.
+        Sum of each label, float64, [b, y]; 0 in empty rows.
     """
     used_bay = batch.answer_ba[:, :, None] == np.arange(1, labels + 1)
-    return np.where(used_bay, np.asarray(logp_ba, np.float64)[:, :, None], 0.0).sum(axis=1)
+    return np.where(used_bay, np.asarray(x_ba, np.float64)[:, :, None], 0.0).sum(axis=1)
 
 
 def gather_examples(batches: Iterable[tuple[ScoringBatch, np.ndarray]], examples: int) -> np.ndarray:

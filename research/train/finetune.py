@@ -37,6 +37,7 @@ from research.run_folder import RunFolder, read_config, read_metrics
 from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
 from research.tasks.batches import label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
+from research.tasks.task import SPLITS
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
@@ -52,8 +53,6 @@ from research.train.state import (
     serving_weights,
 )
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
