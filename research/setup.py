@@ -1,6 +1,6 @@
 """An experiment on a mesh: model structure, number formats and layout, put together for training and evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -70,6 +70,17 @@ def make_setup(
         unroll=train.unroll,
     )
     return Setup(mesh, settings, policy, formats, graph_of(settings), train)
+
+
+def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:
+    """Yield a line for each rule whose schedule (`earlier`, `end_step`) goes beyond a run of so many steps."""
+    for rule in rules:
+        last = max((rule.end_step, *(end for _, end in rule.earlier_grids)))
+        if steps < last:
+            yield (
+                f"train.steps={steps} ends before {rule.match!r} is on {rule.weight}, which begins at step {last};"
+                f" give {last} steps or more, or earlier steps in its rule"
+            )
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from commands import FOUNDATION, Call, calls_in, check_mistake, make_project
 
+from research.compare.arms import arms_of
 from research.compare.scores import DocumentScores, figures_of
 from research.compare.sensitivity import Option, choose
 from research.comparison import Comparison, Scheme
-from research.config import Rule
+from research.config import Rule, TrainConfig
 from research.errors import UserError
 from research.tasks.scores import Score
 
@@ -132,10 +133,12 @@ def test_a_task_is_compared_by_the_scores_that_evaluation_gives(folder: Path, ca
     config = re.sub(r"corpus=CorpusConfig\(.*?\n        \)", task, CONFIG, flags=re.DOTALL)
     (folder / "labels.py").write_text(config.replace("Rule, TrainConfig", "Rule, TaskConfig, TrainConfig"))
     budget = ("--config.treatments=ptq,qat", "--config.train.distill=0", "--config.train.steps=12")
-    learns = ("--config.optimizer.learning_rate=1e-2", "--config.schemes.0.quantization.0.weight=int8")
+    scheme = "--config.schemes.0.quantization.0."
+    learns = ("--config.optimizer.learning_rate=1e-2", f"{scheme}weight=int8", f"{scheme}end_step=13")
     done = call("compare.py", "--config", "labels.py", *budget, *learns)
     assert done.code == 0, done.err
-    for part in ("macro F1", "12/12", "examples of own_data:messages.jsonl, the true answer of each"):
+    late = "Warning: int3 channel: train.steps=12 ends before 'layers/.*' is on int8, which begins at step 13"
+    for part in (late, "macro F1", "12/12", "examples of own_data:messages.jsonl, the true answer of each"):
         assert part in " ".join(done.out.split())
     arms = done.last["arms"]
     same = ("--config.task.path=task/messages.jsonl", "--config.mesh.tensor=1")
@@ -239,6 +242,17 @@ def test_the_budget_goes_where_it_helps_most() -> None:
     assert sizes(40) == {"a": 20, "b": 20}
     assert sizes(50) == {"a": 20, "b": 20}  # not a alone at 40, which lowers the KL most, but less for a byte
     assert sizes(60) == {"a": 40, "b": 20}
+
+
+def test_what_rounds_alone_is_on_the_last_grid_of_a_schedule() -> None:
+    rule = Rule(match=".*", weight="int4", earlier=("int8:5",))
+    annealed = Rule(match=".*", weight="int4", begin_step=1, end_step=5, anneal="parq")
+    schemes = (Scheme(name="stages", quantization=(rule,)), Scheme(name="annealed", quantization=(annealed,)))
+    comparison = Comparison(schemes=schemes, train=TrainConfig(distill=0.5))
+    rules = {arm.name: arm.rules for arm in arms_of(comparison) if arm.rules}
+    for scheme in schemes:
+        assert rules[f"{scheme.name}: ptq"] == (Rule(match=".*", weight="int4"),)
+        assert rules[f"{scheme.name}: qat"] == rules[f"{scheme.name}: qat+distillation"] == scheme.quantization
 
 
 def test_schemes_have_distinct_names_and_rules() -> None:

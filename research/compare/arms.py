@@ -1,9 +1,9 @@
 """The arms of a comparison: the float foundation, the control, and each scheme in each treatment."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from research.comparison import NO_FOLD, Comparison
+from research.comparison import NO_FOLD, Comparison, Scheme
 from research.config import Experiment, FoldConfig, Rule
 
 FLOAT, CONTROL = "foundation", "fine-tuned"
@@ -51,8 +51,18 @@ def arms_of(comparison: Comparison) -> tuple[Arm, ...]:
     """Return the arms in the order of the table."""
     floats = [Arm("float", FLOAT), *([Arm("float", CONTROL)] if comparison.control else [])]
     schemes = [
-        Arm(scheme.name, treatment, scheme.quantization, scheme.fold)
+        Arm(
+            scheme.name,
+            treatment,
+            final_rules(scheme) if treatment == "ptq" else scheme.quantization,
+            scheme.fold,
+        )
         for scheme in comparison.schemes
         for treatment in comparison.treatments
     ]
     return (*floats, *schemes)
+
+
+def final_rules(scheme: Scheme) -> tuple[Rule, ...]:
+    """Return a scheme's rules as they are when their schedules are over: what rounds without training."""
+    return tuple(replace(rule, earlier=(), begin_step=0, end_step=0, anneal="none") for rule in scheme.quantization)

@@ -19,7 +19,7 @@ from research.model.layers import tree_of
 from research.model.placement import place_float
 from research.quant.policy import coverage
 from research.report import say
-from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
+from research.setup import Setup, make_setup, require_batch_fits, setup_of, unreached_grids, whole_rows
 from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.open_run import open_checkpoint
 
@@ -51,6 +51,8 @@ def make_bench(comparison: Comparison, console: Console) -> Bench:
     for scheme in comparison.schemes:  # before anything is trained: a rule that can't be is an error now
         experiment = comparison.experiment(scheme.quantization, scheme.fold, distill=False)
         setup_of(experiment, rotated[scheme.fold].architecture, mesh)
+        for line in unreached_grids(scheme.quantization, comparison.train.steps):
+            say(console, "Warning", f"{scheme.name}: {line}")
     material = load_material(comparison, foundation.tokenizer, console)
     setup = make_setup(foundation.architecture, (), comparison.train, mesh)
     weights = place_float(foundation.read, setup.table, mesh)

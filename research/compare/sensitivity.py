@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.compare.arms import final_rules
 from research.compare.bench import Bench, bytes_by_path
 from research.compare.scores import make_document_score, score_documents
 from research.config import Rule
@@ -84,9 +85,9 @@ class _Rounded:
 
 def find_sensitivity(bench: Bench, budget_bytes: int | None) -> Sensitivity:
     """Round each tensor alone in each format, each layer alone, and choose a policy within a budget of weight bytes."""
-    rules = dict.fromkeys([*(rule for scheme in bench.comparison.schemes for rule in scheme.quantization), INT8])
+    rules = dict.fromkeys([*(rule for scheme in bench.comparison.schemes for rule in final_rules(scheme)), INT8])
     rounded = [_round(bench, (rule,), rule) for rule in rules]
-    first = _round(bench, bench.comparison.schemes[0].quantization, INT8)
+    first = _round(bench, final_rules(bench.comparison.schemes[0]), INT8)
     stacked = {path: leaf for path, leaf in first.leaves.items() if "l" in bench.float_setup.table[path].axes}
     tensors = [(one, path) for one in rounded for path in one.leaves]
     layers = bench.foundation.architecture.layers if stacked else 0
