@@ -24,6 +24,6 @@ def get_config() -> Comparison:
             Scheme(name="w8a8 folded", quantization=w8a8, fold=FoldConfig(rotate=True, smooth=0.5)),
         ),
         control=False,
-        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=6, weight_decay=0.0),
-        train=TrainConfig(steps=40, batch_size=1, accumulate=1, distill=1.0),
+        optimizer=OptimizerConfig(learning_rate=2e-6, warmup_steps=6, weight_decay=0.0),
+        train=TrainConfig(steps=60, batch_size=1, accumulate=1, distill=1.0),
     )

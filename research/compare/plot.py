@@ -41,12 +41,13 @@ def comparison_figure(figures: Mapping[Arm, Figures]) -> Figure:
         )
         for arm, score in zip(arms, scores, strict=True):
             axes.annotate(
-                f"{score.value:.3f}", (_end(score), arm.name), (6, 0), textcoords="offset points", va="center"
+                f"{score.value:.4f}", (_end(score), arm.name), (6, 0), textcoords="offset points", va="center"
             )
         style_axes(axes)
         axes.axvline(0, color="#333333", linewidth=1)
         axes.set_xlabel(label, fontsize=12)
-        axes.margins(x=0.18)
+        axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=5)
     figure.axes[0].invert_yaxis()  # shared
     return figure
 

@@ -99,7 +99,7 @@ def _cells(found: Figures, cost: Cost) -> dict[str, Text]:
         ("accuracy", found.accuracy, found.accuracy_change),
     )
     recovered = [
-        Text.assemble(f"{name} ", _interval(_percent(score), ".0f", ".0f", " %", between=" "))
+        Text.assemble(f"{name} ", _interval(_percent(score), ".0f", ".0f", " %"))
         for name, score in (("KL", found.divergence_recovered), ("loss", found.loss_recovered))
         if score is not None
     ]
