@@ -102,6 +102,7 @@ def test_a_stopped_comparison_runs_what_is_missing_and_nothing_else(
     done = call("compare.py", "--config", "tiny.py", "--config.run=again", "--resume")
     assert done.code == 0, done.err
     assert done.out.count("is done") == 3 and f"{QAT} is done" not in done.out
+    assert len((folder / "runs/again/arms/int3_channel,qat/metrics.jsonl").read_text().splitlines()) == 20  # anew
     for name, arm in found["arms"].items():
         again = done.last["arms"][name]
         assert again["loss"] == arm["loss"] and again["divergence"] == arm["divergence"], name
