@@ -25,5 +25,5 @@ def get_config() -> Comparison:
         ),
         control=False,
         optimizer=OptimizerConfig(learning_rate=2e-6, warmup_steps=6, weight_decay=0.0),
-        train=TrainConfig(steps=60, batch_size=1, accumulate=1, distill=1.0),
+        train=TrainConfig(steps=30, batch_size=1, accumulate=1, distill=1.0),
     )

@@ -14,8 +14,14 @@ from research.comparison import Comparison, CorpusConfig
 from research.config import TaskConfig
 from research.evaluate import load_examples
 from research.report import say
-from research.tasks.batches import ScoringBatch, TrainingRows, label_rows, scoring_batches, window_rows
-from research.tasks.batches import window_scoring_batches as window_batches
+from research.tasks.batches import (
+    ScoringBatch,
+    TrainingRows,
+    label_rows,
+    scoring_batches,
+    window_rows,
+    window_scoring_batches,
+)
 from research.tasks.corpus import load_corpus
 from research.tasks.encoding import EncodedExamples
 from research.tasks.task import SPLITS
@@ -86,7 +92,7 @@ def _windows(windows: tuple[np.ndarray, ...], length: int) -> Documents:
         np.zeros(len(windows), np.int32),
         np.array([len(window) - 1 for window in windows]),
         1,
-        lambda numbers, rows: window_batches([windows[number] for number in numbers], length, rows),
+        lambda numbers, rows: window_scoring_batches([windows[number] for number in numbers], length, rows),
     )
 
 
