@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,15 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
-from research.setup import Setup, make_setup, require_batch_fits, setup_of
-from research.tasks.batches import training_batches
+from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
+from research.tasks.batches import ScoringBatch, label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
+from research.tasks.task import SPLITS
 from research.train.calibrate import calibrate_inputs
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
-from research.train.fold import calibration_batches, rotate_foundation, smooth_foundation
+from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.loop import Trained, train
 from research.train.open_run import open_checkpoint
 from research.train.state import (
@@ -54,8 +56,6 @@ from research.train.state import (
     serving_weights,
 )
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -196,18 +196,14 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     state = _restored(job, folder, tx) if resume else None
     if state is None:
         state = make_state(tx, place_float(_smoothed(job).read, setup.table, job.mesh), setup.table, job.mesh)
-        batches = calibration_batches(job.examples, experiment, job.mesh)
-        state = calibrate_inputs(state, setup, batches, lambda line: say(job.console, "Calibration", line))
+        calibration = (part.batch for part in _calibration(job))
+        state = calibrate_inputs(state, setup, calibration, lambda line: say(job.console, "Calibration", line))
     step = make_step(
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )
     batches = training_batches(
-        job.examples.splits["train"],
-        experiment.task.lengths,
-        seed=experiment.train.seed,
-        steps=experiment.train.steps,
-        batch_size=experiment.train.batch_size,
-        accumulate=experiment.train.accumulate,
+        label_rows(job.examples.splits["train"], experiment.task.lengths),
+        experiment.train,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -239,10 +235,17 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     return trained
 
 
+def _calibration(job: Job) -> Iterator[ScoringBatch]:
+    """Yield the rows of a calibration, from all over the training split: a prompt and all labels, as scoring reads."""
+    experiment, examples = job.experiment, job.examples.splits["train"]
+    chosen = examples.take(spread(len(examples.prompts), experiment.fold.calibration_examples))
+    return scoring_batches(chosen, experiment.task.lengths, whole_rows(experiment.evaluation.batch_size, job.mesh))
+
+
 def _smoothed(job: Job) -> Foundation:
-    return smooth_foundation(
-        job.start, job.experiment, job.examples, job.mesh, lambda line: say(job.console, "Fold", line)
-    )
+    experiment = job.experiment
+    say_folded = partial(say, job.console, "Fold")
+    return smooth_foundation(job.start, experiment.fold, experiment.train, _calibration(job), job.mesh, say_folded)
 
 
 def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
