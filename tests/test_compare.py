@@ -15,7 +15,7 @@ from research.compare.arms import arms_of
 from research.compare.scores import DocumentScores, figures_of
 from research.compare.sensitivity import Option, choose
 from research.comparison import Comparison, Scheme
-from research.config import Rule, TrainConfig
+from research.config import FoldConfig, Rule, TrainConfig
 from research.errors import UserError
 from research.tasks.scores import Score
 
@@ -166,6 +166,7 @@ def test_mistakes(folder: Path, found: dict[str, Any], call: Call) -> None:
         (("--config.run=x", "--config.corpus.path=none.jsonl"), "corpus.path='none.jsonl'"),
         (("--config.run=x", "--config.data=task"), "corpus is set, but has no effect with data='task'"),
         (("--config.run=x", "--config.task.name=trec"), "task is set, but has no effect with data='corpus'"),
+        (("--config.run=x", "--config.kv_cache=int7"), "kv_cache='int7': give one of"),
         (("--config.run=x", "--config.data=text"), "data='text': give one of ('corpus', 'task')"),
         (("--config.trian.steps=3",), "did you mean 'train.steps'"),
         (("--budget", "3"), "--budget goes with --sensitivity"),
@@ -254,6 +255,19 @@ def test_what_rounds_alone_is_on_the_last_grid_of_a_schedule() -> None:
     for scheme in schemes:
         assert rules[f"{scheme.name}: ptq"] == (Rule(match=".*", weight="int4"),)
         assert rules[f"{scheme.name}: qat"] == rules[f"{scheme.name}: qat+distillation"] == scheme.quantization
+
+
+def test_an_arm_is_trained_as_its_scheme_says() -> None:
+    rule, fold = Rule(match=".*", weight="int4"), FoldConfig(rotate=True)
+    scheme = Scheme(name="folded", quantization=(rule,), fold=fold)
+    comparison = Comparison(schemes=(scheme,), kv_cache="int8", train=TrainConfig(distill=0.5))
+    found = {arm.name: arm.experiment(comparison) for arm in arms_of(comparison)}
+    for name, experiment in found.items():
+        is_float = name.startswith("float")
+        expected = ((), "float", FoldConfig()) if is_float else ((rule,), "int8", fold)
+        assert (experiment.quantization, experiment.kv_cache, experiment.fold) == expected
+        assert experiment.train.distill == (0.5 if "distillation" in name else 0)
+    assert len(found) == 5
 
 
 def test_schemes_have_distinct_names_and_rules() -> None:
