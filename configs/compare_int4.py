@@ -1,8 +1,8 @@
 """Four-bit SmolLM2-135M-Instruct: what rounding costs, and how much of it training and distillation bring back.
 
 The seven matrices of each layer in four bits, on GGUF's Q4_0 grid in groups of 32 and with one scale per output
-channel; embedding and head stay float. 60 steps of one row of at most 256 tokens, 13,464 in all (`train_tokens` in comparison.json), for each arm that is
-trained.
+channel; embedding and head stay float. 60 steps of one row of at most 256 tokens, 13,464 in all (`train_tokens` in
+comparison.json), for each arm that is trained.
 
     Command:  python scripts/compare.py --config configs/compare_int4.py
     Hardware: one CPU device, two cores
