@@ -11,7 +11,7 @@ comparison.json), for each arm that is trained.
               23 min 47 s, peak 5.97 GiB, on two Xeon cores (AVX-512 VNNI)
 
     Command:  python scripts/compare.py --config configs/compare_int4.py --sensitivity --budget 150
-    Result:   alone, down_fd costs the most (KL 0.615 per channel, 0.115 on Q4_0), then up_df and v_dkh; layers 11 and 29
+    Result:   alone, down_fd costs the most (KL 0.615 per channel, 0.115 on Q4_0), then up_df, v_dkh; layers 11 and 29
               are the worst. Proposed in 150 MiB: int8 but for k_dkh and v_dkh, which stay float, 148 MiB; KL predicted
               0.0037, measured 0.0038 [0.0035, 0.0042] on 8 validation documents; 14 min, other jobs beside it
 """
