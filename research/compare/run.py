@@ -59,7 +59,7 @@ def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) 
         if folded:
             say(console, "Fold", f"none of {', '.join(folded)}: tensors are rounded as the foundation has them")
         found = find_sensitivity(bench, budget_bytes)
-        console.print(render_sensitivity(found, bench.material))
+        console.print(render_sensitivity(found, bench.material, comparison.schemes[0].name))
         if budget_bytes is not None and found.proposal is None:
             say(console, "Budget", f"{budget_bytes:,} bytes hold none; the smallest takes {found.smallest_bytes:,}")
         summary = plain(found.to_json())

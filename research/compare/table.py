@@ -1,6 +1,6 @@
 """The table of a comparison, for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -54,8 +54,11 @@ def render_comparison(figures: Mapping[Arm, Figures], costs: Mapping[Arm, Cost],
     return Group(Text(), _Table(figures, costs), Text(), Text(note, style="dim"))
 
 
-def render_sensitivity(found: Sensitivity, material: Material) -> Group:
-    """Return the tables: tensors by what rounding each alone costs, layers likewise, and the proposed policy."""
+def render_sensitivity(found: Sensitivity, material: Material, first_scheme: str) -> Group:
+    """Return the tables: tensors by what rounding each alone costs, layers likewise, and the proposed policy.
+
+    `first_scheme`: the name of the one that layers are rounded by.
+    """
     tensors = make_table()
     tensors.add_column("tensor, alone")
     tensors.add_column("format")
@@ -64,7 +67,7 @@ def render_sensitivity(found: Sensitivity, material: Material) -> Group:
     for option in sorted(found.options, key=lambda option: -option.divergence.value):
         tensors.add_row(option.path, option.format, *_divergence_and_bytes(option))
     layers = make_table()
-    layers.add_column("layer, alone", justify="right")
+    layers.add_column(f"layer, alone in {first_scheme}", justify="right")
     layers.add_column("KL to float", justify="right")
     for layer, score in sorted(enumerate(found.layers), key=lambda pair: -pair[1].value):
         layers.add_row(str(layer), _interval(score, ".4f", ".4f", between=" "))
@@ -73,15 +76,15 @@ def render_sensitivity(found: Sensitivity, material: Material) -> Group:
         f" are rounded, activations stay float; [95 % interval of a bootstrap over {material.unit}s]"
     )
     parts: list[Any] = [Text(), tensors, Text(), layers, Text(), Text(note, style="dim")]
-    return Group(*parts, *(_proposal(found.proposal) if found.proposal else []))
+    return Group(*parts, *(_proposal(found.proposal, found.options) if found.proposal else []))
 
 
 def _divergence_and_bytes(option: Option) -> tuple[Text, str]:
     return _interval(option.divergence, ".4f", ".4f", between=" "), format_bytes(option.bytes)
 
 
-def _proposal(proposal: Proposal) -> list[Any]:
-    """Return the policy as rules to copy, and how well its prediction held."""
+def _proposal(proposal: Proposal, options: Sequence[Option]) -> list[Any]:
+    """Return the policy as rules to copy, the tensors that it could round and doesn't, and how its prediction held."""
     rules = [
         Text(f'    Rule(match="{o.path}", weight="{o.rule.weight}", granularity="{o.rule.granularity}"),')
         for o in proposal.options
@@ -89,7 +92,10 @@ def _proposal(proposal: Proposal) -> list[Any]:
     ]
     measured = _interval(proposal.measured, ".4f", ".4f", between=" ")
     line = f"proposed: {format_bytes(proposal.bytes)} of weights; KL predicted {proposal.predicted:.4f}, measured "
-    return [Text(), Text.assemble(line, measured), *rules]
+    could_be = {option.path for option in options}
+    floats = [o.path for o in proposal.options if not o.rule and o.path in could_be]
+    rest = [Text(f"without a rule, float: {', '.join(floats)}")] if floats else []
+    return [Text(), Text.assemble(line, measured), *rules, *rest]
 
 
 def _cells(found: Figures, cost: Cost) -> dict[str, Text]:
