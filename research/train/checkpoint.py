@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from research.errors import UserError, nearest
-from research.processes import first_alone, is_loss, raise_together
+from research.processes import any_process, first_alone, is_loss, raise_together
 from research.train import orbax_items
 from research.train.manifest import (
     METADATA,
@@ -60,6 +60,7 @@ __all__ = [  # all that the rest of the framework needs of a checkpoint
 ]
 
 PyTree = Any
+_TURN_SECONDS = 0.2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -152,7 +153,9 @@ class Checkpointer:
         """Return when the running save is whole on disk; raise what it failed with, on every process."""
         if self._thread is None:
             return
-        self._thread.join()
+        # In small turns, each agreed upon: a process that is lost meanwhile is missed at once, which Orbax wouldn't.
+        while any_process(self._thread.is_alive()):
+            self._thread.join(_TURN_SECONDS)
         self._thread, error, self._error = None, self._error, None
         raise_together(error)
 
