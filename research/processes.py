@@ -6,6 +6,7 @@ done by the first process; what decides how it goes on (a signal, the content of
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def _join(launch: Launch | None) -> Processes:
             f"Kubernetes started this as part of an indexed job: pip install kubernetes, or set {_COORDINATOR}, "
             f"{_COUNT} and {_INDEX}; for a run of its own, {_COUNT}=1 and {_INDEX}=0"
         )
+    _keep_output_ours()
     try:
         jax.distributed.initialize(
             launch.coordinator,
@@ -145,6 +147,14 @@ def _join(launch: Launch | None) -> Processes:
     if launch.count is None or launch.index is None:
         return Processes(jax.process_count(), jax.process_index())
     return Processes(launch.count, launch.index)
+
+
+def _keep_output_ours() -> None:
+    """Move what libraries write to standard output to standard error; gloo tells there of its connections."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def require_one_process(script: str) -> None:
