@@ -194,6 +194,7 @@ def survivor(project: Path) -> tuple[Done, float]:
 @pytest.mark.slow
 def test_a_lost_process_ends_the_other_with_a_line(survivor: tuple[Done, float]) -> None:
     done, seconds = survivor
+    print(f"\nthe first process ended {seconds:.2f} s after the second was killed")
     assert seconds < 60
     assert done.code == 1, done
     assert said(done.err).startswith("error: process 0 of 2: another process of this run is gone; start all"), done
@@ -206,7 +207,9 @@ def test_one_process_goes_on_where_two_were(project: Path, survivor: tuple[Done,
     assert "mesh data=1 fsdp=1 tensor=4" in done.out and "Resume: from step " in done.out
     same_batches(fewer, one)
     # Another mesh: docs/decisions/0001-numerics.md
-    np.testing.assert_allclose(figures(fewer, "loss"), figures(one, "loss"), rtol=2e-2)
+    deviation = np.abs(figures(fewer, "loss") / figures(one, "loss") - 1)
+    print(f"\nlosses, finished by one process on another mesh: largest relative difference {deviation.max():.1e}")
+    assert deviation.max() < 2e-2
 
 
 @pytest.mark.slow
@@ -219,8 +222,12 @@ def test_two_processes_are_the_run_of_one(project: Path, survivor: tuple[Done, f
 
     same_batches(two, one)
     # The same program on the same mesh. Between processes a sum of eight partial ones may be taken in another order:
-    # 8 ulp of float32 are 1e-6. (On the machine that this was written on there was no difference in any bit.)
-    np.testing.assert_allclose(figures(two, "loss", "grad_norm"), figures(one, "loss", "grad_norm"), rtol=1e-5)
+    # 8 ulp of float32 are 1e-6.
+    found, wanted = (figures(path, "loss", "grad_norm") for path in (two, one))
+    print(
+        f"\nlosses and norms, two processes against one: largest relative difference {np.abs(found / wanted - 1).max():.1e}"
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
     written = [path.name for path in (two / f"checkpoints/{STEPS:08d}/weights").iterdir()]
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= set(written)
     summary, alone = (json.loads((path / "summary.json").read_text()) for path in (two, one))
