@@ -72,15 +72,14 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None, axis_type:
     `axis_type` is Auto for all that trains; tests run the forward with Explicit, where a wrong sharding is a type
     error. It is always passed on, since the defaults of JAX's own two constructors differ.
     """
-    every = devices is None
-    devices = jax.devices() if every else list(devices)
+    devices = jax.devices() if devices is None else list(devices)
     try:
         shape = tuple(sizes(resolve(mesh, len(devices))).values())
     except UserError as error:
         if devices[0].platform == "cpu":
             raise
         raise UserError(f"{error}; JAX_PLATFORMS=cpu simulates as many as are needed") from None
-    if every and jax.process_count() > 1 and prod(shape) < len(devices):
+    if jax.process_count() > 1 and prod(shape) < len(devices):
         processes = f"the {jax.process_count()} processes of this run have {len(devices)}"
         raise UserError(
             f"mesh {_show(sizes(mesh))} uses {prod(shape)} devices, {processes}; use all of them, e.g. mesh.data=-1"

@@ -224,10 +224,9 @@ def test_two_processes_are_the_run_of_one(project: Path, survivor: tuple[Done, f
     # The same program on the same mesh. Between processes a sum of eight partial ones may be taken in another order:
     # 8 ulp of float32 are 1e-6.
     found, wanted = (figures(path, "loss", "grad_norm") for path in (two, one))
-    print(
-        f"\nlosses and norms, two processes against one: largest relative difference {np.abs(found / wanted - 1).max():.1e}"
-    )
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    deviation = np.abs(found / wanted - 1).max()
+    print(f"\nlosses and norms, two processes against one: largest relative difference {deviation:.1e}")
+    assert deviation < 1e-5
     written = [path.name for path in (two / f"checkpoints/{STEPS:08d}/weights").iterdir()]
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= set(written)
     summary, alone = (json.loads((path / "summary.json").read_text()) for path in (two, one))
