@@ -86,6 +86,18 @@ def describe_padding(table: Mapping[str, Parameter]) -> str:
     return "; ".join([", ".join(changed), *whole, growth])
 
 
+def describe_positions(lengths: Sequence[int], mesh: Mapping[str, int]) -> str:
+    """Return in words which rows a mesh (axis → size) leaves whole between products; "" if it splits all of them."""
+    ways = mesh["context"] * mesh["tensor"]
+    whole = [str(length) for length in lengths if length % ways]
+    if mesh["tensor"] == 1 or not whole:
+        return ""
+    return (
+        f"rows of {', '.join(whole)} tokens don't divide over context×tensor={ways}; between products they are whole on"
+        " every device, which costs memory"
+    )
+
+
 def describe_cache(grid: Grid | None, dtype: str, bytes_per_token: int) -> str:
     """Return in words how keys and values are kept, and what one token takes over all layers and devices."""
     form = dtype if grid is None else f"{grid.name} with a scale per token and head"

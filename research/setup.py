@@ -1,6 +1,6 @@
 """An experiment on a mesh: model structure, number formats and layout, put together for training and evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -76,13 +76,24 @@ def make_setup(
     return Setup(mesh, settings, policy, formats, graph_of(settings), train)
 
 
+def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:
+    """Yield a line for each rule whose schedule (`earlier`, `end_step`) goes beyond a run of so many steps."""
+    for rule in rules:
+        last = max((rule.end_step, *(end for _, end in rule.earlier_grids)))
+        if steps < last:
+            yield (
+                f"train.steps={steps} ends before {rule.match!r} is on {rule.weight}, which begins at step {last};"
+                f" give {last} steps or more, or earlier steps in its rule"
+            )
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Return into how many pieces the rows of a batch are split."""
     return prod(mesh.shape[axis] for axis in ROWS)
 
 
-def fitting_rows(batch_size: int, mesh: Mesh) -> int:
-    """Return `batch_size` rounded up to what the mesh divides."""
+def whole_rows(batch_size: int, mesh: Mesh) -> int:
+    """Return the rows of a batch, rounded up to what the mesh divides."""
     return -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
 
 

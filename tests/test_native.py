@@ -70,8 +70,8 @@ def same(left: np.ndarray | None, right: np.ndarray | None) -> bool:
 def same_leaf(left: native.Leaf, right: native.Leaf) -> bool:
     if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
         return isinstance(left, np.ndarray) and isinstance(right, np.ndarray) and same(left, right)
-    parts = ((left.codes, right.codes), (left.scale, right.scale), (left.offset, right.offset))
-    return all(same(*pair) for pair in parts) and left.format == right.format
+    names = ("codes", "scale", "offset", "input_scale")
+    return all(same(getattr(left, n), getattr(right, n)) for n in names) and left.format == right.format
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_finetune_leaves_a_run(trained: tuple[Path, Done], summary: dict[str, An
     assert summary.keys() >= set(SUMMARY_KEYS)
     assert summary["quantized"] == summary["finetuned"] and summary["loss_quantized"] == summary["loss_finetuned"]
     assert summary["loss_finetuned"] < summary["loss_foundation"]
-    assert (summary["steps"], summary["mesh"]) == (STEPS, {"data": 1, "fsdp": 1, "tensor": 2})
+    assert (summary["steps"], summary["mesh"]) == (STEPS, dict.fromkeys(AXES, 1) | {"tensor": 2})
     assert summary["bytes_quantized"] == (path / "export" / "model.safetensors").stat().st_size
     assert len(losses(path)) == STEPS
 
@@ -167,7 +167,7 @@ def test_a_finished_run_goes_on_on_another_mesh_with_more_steps(folder: Path, tr
     np.testing.assert_allclose(found[4], wanted[4], rtol=1e-3)  # docs/decisions/0001-numerics.md
     np.testing.assert_allclose(found[5:STEPS], wanted[5:], rtol=2e-2)  # and it grows with the steps
     summary = json.loads((path / "summary.json").read_text())
-    assert (summary["steps"], summary["mesh"]) == (STEPS + 1, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert (summary["steps"], summary["mesh"]) == (STEPS + 1, dict.fromkeys(AXES, 1))
     config = json.loads((path / "config.json").read_text())
     assert config["mesh"] == summary["mesh"] and config["train"]["steps"] == STEPS + 1
 
@@ -248,9 +248,9 @@ def test_the_export_script_writes_what_other_engines_read(folder: Path, trained:
     score = ("evaluate.py", "--config", "tiny.py", "--foundation", str(folder / "hf"))
     assert call(*score).code == 0
     for flags, part in (
-        ("gguf", "--format gguf needs a --type: Q8_0, Q4_0, F16, BF16, F32"),
+        ("gguf", "--format gguf needs a --type: Q8_0, Q4_0, Q4_1, F16, BF16, F32"),
         ("huggingface", "--format huggingface needs a --type: float32, bfloat16"),
-        ("gguf --type Q8_1", "--type Q8_1: --format gguf has Q8_0, Q4_0, F16, BF16, F32; did you mean 'Q8_0'"),
+        ("gguf --type Q8_1", "--type Q8_1: --format gguf has Q8_0, Q4_0, Q4_1, F16, BF16, F32; did you mean 'Q8_0'"),
         ("safetensors --type F32", "--type F32 has no effect"),
         ("gguf --type F32", f"export-step-{STEPS}-F32.gguf exists already"),
         ("huggingface --type bfloat16 --output hf", "hf exists already"),

@@ -14,7 +14,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.model.seam import Route, einsum
+from research.model.product import Route
+from research.model.seam import einsum
 from research.quant.activations import dequantize_tokens, quantize_groups, quantize_static, quantize_tokens
 from research.quant.grid import GRIDS, calibrate, encode, find_offset
 from research.quant.nodes import Encoded, Quantized, stored, view_of

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.mesh import make_mesh
 from research.quant.grid import GRIDS
-from research.setup import batch_ways, make_setup, put_batch, require_batch_fits, setup_of
+from research.setup import batch_ways, make_setup, put_batch, require_batch_fits, setup_of, unreached_grids
 
 
 def test_a_setup_joins_padding_formats_and_activations() -> None:
@@ -43,6 +43,22 @@ def test_an_experiment_s_formats_reach_the_model_and_the_cache() -> None:
     assert setup.formats and setup.settings.kv_grid == GRIDS["int8"] and setup.settings.unroll == 2
     assert make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, make_mesh(MeshConfig())).settings.kv_grid is None
     assert "kv_cache='int7'" in one_line(lambda: Experiment(kv_cache="int7"))
+
+
+def test_a_run_that_ends_before_a_rule_s_last_grid_is_told_so() -> None:
+    rules = (
+        Rule(match="a", weight="int4"),
+        Rule(match="b", weight="int2", earlier=("int8:10", "int4:20")),
+        Rule(match="c", weight="int4", end_step=30, anneal="parq"),
+    )
+    assert [[line.split("'")[1] for line in unreached_grids(rules, steps)] for steps in (19, 20, 29, 30)] == [
+        ["b", "c"],
+        ["c"],
+        ["c"],
+        [],
+    ]
+    (line,) = unreached_grids(rules[:2], 19)
+    assert "train.steps=19 ends before 'b' is on int2, which begins at step 20; give 20 steps" in line
 
 
 @pytest.mark.parametrize(

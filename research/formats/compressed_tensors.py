@@ -217,7 +217,7 @@ def _layer(leaf: native.Leaf, layer: int) -> native.Leaf:
         return leaf[layer]
     scale = None if leaf.scale is None else leaf.scale[layer * len(leaf.scale) // len(leaf.codes)]
     inputs = None if leaf.input_scale is None else leaf.input_scale[layer]
-    return native.StoredLeaf(leaf.codes[layer], scale, leaf.format, inputs)
+    return native.StoredLeaf(leaf.codes[layer], scale, leaf.format, input_scale=inputs)
 
 
 def pack(codes_oi: np.ndarray, bits: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture
 from research.errors import UserError
 from research.model.layers import Cache, Settings, visible
-from research.model.seam import constrain, ways_of
+from research.model.sharding import constrain, ways_of
 from research.model.transformer import Transformer
 from research.quant.kv_cache import keep
 

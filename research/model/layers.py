@@ -14,8 +14,11 @@ from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
+from research.model.inputs import Input, prepare
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import Input, Route, constrain, einsum, explicit, place, prepare, ways_of, whole
+from research.model.product import Route
+from research.model.seam import einsum
+from research.model.sharding import constrain, explicit, place, ways_of, whole
 from research.quant.activations import statistic_of
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back

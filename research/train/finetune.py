@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from research.plot import plot_loss
 from research.processes import first_alone, from_first
 from research.report import (
     cost_footer,
+    describe_positions,
     next_commands,
     print_commands,
     render_results,
@@ -35,14 +37,15 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
-from research.setup import Setup, make_setup, require_batch_fits, setup_of
-from research.tasks.batches import training_batches
+from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
+from research.tasks.batches import ScoringBatch, label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
+from research.tasks.task import SPLITS
 from research.train.calibrate import calibrate_inputs
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
-from research.train.fold import calibration_batches, rotate_foundation, smooth_foundation
+from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.loop import Trained, train
 from research.train.manifest import step_path
 from research.train.open_run import open_checkpoint
@@ -55,8 +58,6 @@ from research.train.state import (
     serving_weights,
 )
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
     setup = setup_of(experiment, start.architecture, mesh)
+    if whole := describe_positions(experiment.task.lengths, mesh.shape):
+        say(console, "Positions", whole)
     return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 
@@ -200,19 +203,13 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     state = _restored(job, folder, tx) if resume else None
     if state is None:
         state = make_state(tx, place_float(_smoothed(job).read, setup.table, job.mesh), setup.table, job.mesh)
-        batches = calibration_batches(job.examples, experiment, job.mesh)
-        state = calibrate_inputs(state, setup, batches, lambda line: say(job.console, "Calibration", line))
+        calibration = (part.batch for part in _calibration(job))
+        state = calibrate_inputs(state, setup, calibration, lambda line: say(job.console, "Calibration", line))
     step = make_step(
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )
-    batches = training_batches(
-        job.examples.splits["train"],
-        experiment.task.lengths,
-        seed=experiment.train.seed,
-        steps=experiment.train.steps,
-        batch_size=experiment.train.batch_size,
-        accumulate=experiment.train.accumulate,
-    )
+    rows = label_rows(job.examples.splits["train"], experiment.task.lengths)
+    batches = training_batches(rows, experiment.train)
     folder.replace_config(to_json(experiment))  # not before now: a run that can't go on like this keeps its own
 
     def say_as(title: str) -> Callable[[str], None]:
@@ -241,10 +238,17 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     return trained
 
 
+def _calibration(job: Job) -> Iterator[ScoringBatch]:
+    """Yield the rows of a calibration, from all over the training split: a prompt and all labels, as scoring reads."""
+    experiment, examples = job.experiment, job.examples.splits["train"]
+    chosen = examples.take(spread(len(examples.prompts), experiment.fold.calibration_examples))
+    return scoring_batches(chosen, experiment.task.lengths, whole_rows(experiment.evaluation.batch_size, job.mesh))
+
+
 def _smoothed(job: Job) -> Foundation:
-    return smooth_foundation(
-        job.start, job.experiment, job.examples, job.mesh, lambda line: say(job.console, "Fold", line)
-    )
+    experiment = job.experiment
+    say_folded = partial(say, job.console, "Fold")
+    return smooth_foundation(job.start, experiment.fold, experiment.train, _calibration(job), job.mesh, say_folded)
 
 
 def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:

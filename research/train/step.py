@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import OptimizerConfig, TrainConfig
 from research.model.placement import Table, shardings
-from research.model.seam import split
+from research.model.sharding import split
 from research.quant.moments import moment_blocks, scale_by_adam_8bit
 from research.quant.nodes import Encoded
 from research.quant.optimizer import apply_updates, project, quantize, view

@@ -53,6 +53,7 @@ def test_fsdp_gathers_codes_and_scales_and_no_floats(rules: tuple[Rule, ...]) ->
     assert 8 * sent <= 8.5 * 2 * weights
 
 
+@pytest.mark.slow
 def test_positions_are_split_between_products_and_gathered_as_codes() -> None:
     """Two gathers of int8 activations a layer and pass: the input of q, k and v, and that of gate and up."""
     run = tiny.start(W8A8, architecture=tiny.OF_BLOCKS, tensor=4)
