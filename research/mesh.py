@@ -29,8 +29,8 @@ def sizes(mesh: MeshConfig) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
-def prepare_devices(mesh: MeshConfig) -> None:
-    """Simulate as many CPU devices as `mesh` needs (-1 counts as 1); to be called before anything runs in JAX.
+def prepare_devices(mesh: MeshConfig, processes: int = 1) -> None:
+    """Simulate this process's share of the CPU devices of `mesh` (-1 counts as 1), before anything runs in JAX.
 
     Nothing is set where the user's environment already names a number of CPU devices (`XLA_FLAGS` with
     `xla_force_host_platform_device_count`, or `JAX_NUM_CPU_DEVICES`): then `resolve` works with theirs. On a machine
@@ -42,7 +42,8 @@ def prepare_devices(mesh: MeshConfig) -> None:
         return
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    needed = prod(max(size, 1) for size in sizes(mesh).values())
+    devices = prod(max(size, 1) for size in sizes(mesh).values())
+    needed = -(-devices // processes)
     # A mesh beyond the limit may fit real devices; where it doesn't, `resolve` says so.
     jax.config.update("jax_num_cpu_devices", min(needed, _MOST_SIMULATED))
 
@@ -78,6 +79,11 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None, axis_type:
         if devices[0].platform == "cpu":
             raise
         raise UserError(f"{error}; JAX_PLATFORMS=cpu simulates as many as are needed") from None
+    if jax.process_count() > 1 and prod(shape) < len(devices):
+        processes = f"the {jax.process_count()} processes of this run have {len(devices)}"
+        raise UserError(
+            f"mesh {_show(sizes(mesh))} uses {prod(shape)} devices, {processes}; use all of them, e.g. mesh.data=-1"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(axis_type,) * len(AXES), devices=devices[: prod(shape)])
 
 

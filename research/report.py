@@ -35,8 +35,10 @@ _PIPE_COLUMNS = 100
 NOTHING = "–"
 
 
-def make_console(stream: TextIO | None = None) -> Console:
+def make_console(stream: TextIO | None = None, *, quiet: bool = False) -> Console:
     """Return the console for people, on `stream` (standard output unless told).
+
+    `quiet`: it prints nothing, as in all processes of a run but the first.
 
     Markup and highlighting are off: messages hold brackets and paths, which are to be printed as they are.
     """
@@ -44,7 +46,7 @@ def make_console(stream: TextIO | None = None) -> Console:
     if isinstance(output, TextIOWrapper) and "utf" not in output.encoding.lower():
         output.reconfigure(errors="replace")  # a "?" for a dash, rather than a traceback
     width = None if output.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS
-    return Console(file=output, width=width, markup=False, highlight=False, emoji=False)
+    return Console(file=output, width=width, markup=False, highlight=False, emoji=False, quiet=quiet)
 
 
 def say(console: Console, title: str, text: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 from flax import nnx
@@ -114,6 +115,7 @@ def require_batch_fits(train: TrainConfig, lengths: Sequence[int], mesh: Mesh) -
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Return a batch of this process's rows as arrays split by rows."""
+    """Return a batch as arrays split by rows; every process is given all of it, and places what its devices hold."""
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
-    return Batch(*(jax.make_array_from_process_local_data(rows, array) for array in batch))
+    placed: list[Any] = [jax.make_array_from_callback(array.shape, rows, array.__getitem__) for array in batch]
+    return Batch(*placed)

@@ -82,12 +82,12 @@ def assert_equal_batches(one: Batch, other: Batch) -> None:
 
 
 def batches_of(
-    examples: EncodedExamples, process_index: int = 0, process_count: int = 1, *, accumulate: int = 1, **budget: int
+    examples: EncodedExamples, *, accumulate: int = 1, **budget: int
 ) -> grain.MapDataset[tuple[Batch, ...]]:
     """Return the training batches of a budget."""
     train = TrainConfig(accumulate=accumulate, **budget)
     rows = label_rows(examples, LENGTHS)
-    return training_batches(rows, train, process_index=process_index, process_count=process_count)
+    return training_batches(rows, train)
 
 
 def whole_batches(*arguments: Any, **settings: Any) -> grain.MapDataset[Batch]:
@@ -198,25 +198,12 @@ def test_the_seed_decides_the_order() -> None:
     assert len({str(sorted(map(sorted, order))) for order in orders}) == 3
 
 
-@pytest.mark.parametrize("processes", [2, 3, 6])
-def test_processes_share_the_rows_of_one_batch(processes: int) -> None:
-    examples = make_examples(100)
-    settings = {"seed": 4, "steps": 30, "batch_size": 6}
-    whole = whole_batches(examples, **settings)
-    parts = [
-        whole_batches(examples, process_index=index, process_count=processes, **settings) for index in range(processes)
-    ]
-    for step in range(30):
-        joined = Batch(*(np.concatenate(arrays) for arrays in zip(*(part[step] for part in parts), strict=True)))
-        assert_equal_batches(joined, whole[step])
-
-
 def test_batches_that_do_not_fit_are_the_users_mistake() -> None:
     examples = make_examples(7)
     with pytest.raises(UserError, match="train.batch_size=8 is larger than the training split of 7 examples"):
         batches_of(examples, seed=0, steps=1, batch_size=8)
-    with pytest.raises(UserError, match="batch_size=4 does not divide into train.accumulate=2 .* multiple of 6"):
-        batches_of(examples, seed=0, steps=1, batch_size=4, accumulate=2, process_count=3)
+    with pytest.raises(UserError, match="batch_size=4 does not divide into train.accumulate=3 .* multiple of 3"):
+        batches_of(examples, seed=0, steps=1, batch_size=4, accumulate=3)
 
 
 def test_micro_batches_are_the_rows_of_the_step_by_length() -> None:

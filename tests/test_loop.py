@@ -137,6 +137,14 @@ def test_checkpoints_lines_and_validations_come_when_due_and_at_the_end() -> Non
     ]
 
 
+def test_a_stop_that_another_process_was_asked_for_stops_this_one(monkeypatch) -> None:
+    asked = iter([False, True])
+    monkeypatch.setattr("research.train.loop.any_process", lambda here: here or next(asked))
+    seen = Recorder()
+    trained = seen.run(experiment(5))
+    assert trained.stopped and seen.saved == [(2, None)]
+
+
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_ends_the_run_after_its_step_and_a_save(number: signal.Signals) -> None:
     seen = Recorder(during={2: lambda: os.kill(os.getpid(), number)})

@@ -171,6 +171,23 @@ def test_devices_are_simulated_unless_the_user_says_how_many(environment, printe
     assert in_new_process(PREPARE, **environment) == printed
 
 
+def test_each_process_simulates_its_share(monkeypatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *update: updates.append(update))
+    prepare_devices(MeshConfig(tensor=4, data=2), processes=2)
+    prepare_devices(MeshConfig(tensor=3), processes=2)  # too many in all, and `make_mesh` says so
+    assert updates == [("jax_num_cpu_devices", 4), ("jax_num_cpu_devices", 2)]
+
+
+def test_several_processes_leave_no_device_unused(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="tensor=4 uses 4 devices, the 2 processes of this run have 8; use all of them"):
+        make_mesh(MeshConfig(tensor=4))
+    assert make_mesh(MeshConfig(tensor=8)).size == 8
+
+
 def test_no_more_devices_are_simulated_than_start_quickly(monkeypatch) -> None:
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)

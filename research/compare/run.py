@@ -142,12 +142,7 @@ def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, fol
     budget = experiment.train
     teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
     step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)
-    batches = training_batches(
-        bench.material.rows,
-        budget,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = training_batches(bench.material.rows, budget)
     lines = folder / "metrics.jsonl"
     lines.unlink(missing_ok=True)  # of an arm that was stopped: it begins anew
     with MetricsLog(lines, None, 0) as log:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from research.model.layers import tree_of
 from research.model.parameters import Parameter
 from research.padding import AxisPadding, Padding
+from research.processes import host_array
 from research.quant.grid import bytes_of
 from research.quant.nodes import Encoded
 from research.quant.policy import Format, path_of
@@ -121,8 +122,8 @@ def _padded_shape(logical: tuple[int, ...], parameter: Parameter) -> tuple[int, 
 
 
 def unplace(key: str, array: jax.Array, table: Table) -> np.ndarray:
-    """Return an array as a host array of its logical shape. Inverse of `place`."""
-    return np.asarray(layout(key, array.shape, table).padding.unpad(np.asarray(array)))
+    """Return an array as a host array of its logical shape, on every process. Inverse of `place`."""
+    return np.asarray(layout(key, array.shape, table).padding.unpad(host_array(array)))
 
 
 def place_float(read: Callable[[str], np.ndarray], table: Table, mesh: Mesh) -> dict[str, Any]:

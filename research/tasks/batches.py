@@ -122,9 +122,7 @@ def window_rows(windows: Sequence[np.ndarray], length: int) -> TrainingRows:
     )
 
 
-def training_batches(
-    rows: TrainingRows, train: TrainConfig, *, process_index: int = 0, process_count: int = 1
-) -> grain.MapDataset[tuple[Batch, ...]]:
+def training_batches(rows: TrainingRows, train: TrainConfig) -> grain.MapDataset[tuple[Batch, ...]]:
     """Return the micro-batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch.
 
     The rows of a step are a fair sample; they are sorted by length before they are cut into micro-batches, each padded
@@ -135,17 +133,14 @@ def training_batches(
     Args:
         rows: the training split.
         train: says seed, steps, batch size and micro-batches.
-        process_index, process_count: which contiguous part of each micro-batch's rows this process gets. t is that of
-            the whole micro-batch, so that all processes run the same program.
 
     Raises:
-        UserError: a batch larger than the split, or one that doesn't divide into micro-batches over the processes.
+        UserError: a batch larger than the split, or one that doesn't divide into micro-batches.
     """
-    parts = train.accumulate * process_count
-    if train.batch_size % parts:
+    if train.batch_size % train.accumulate:
         raise UserError(
             f"train.batch_size={train.batch_size} does not divide into train.accumulate={train.accumulate} "
-            f"micro-batches over {process_count} processes; give a multiple of {parts}"
+            f"micro-batches; give a multiple of {train.accumulate}"
         )
     order = TrainingOrder(len(rows.length_e), train.seed, train.batch_size)
 
@@ -156,7 +151,7 @@ def training_batches(
 
     def make_part(numbers: np.ndarray) -> Batch:
         length = bucket(int(rows.length_e[numbers].max()), rows.sizes)
-        return rows.make(np.split(numbers, process_count)[process_index], length)
+        return rows.make(numbers, length)
 
     return grain.MapDataset.range(train.steps).map(make)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from research.architecture import Architecture
@@ -12,6 +13,7 @@ from research.errors import UserError
 from research.formats import native
 from research.model.layers import tree_of
 from research.model.placement import place, unplace
+from research.processes import first_alone
 from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import Format, leaves_by_path
 from research.quant.stages import stage_of
@@ -80,7 +82,10 @@ def write_export(
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
     leaves = stored_leaves(encoded, setup, metadata["step"])
-    native.write(directory, leaves, architecture, tokenizer, {key: metadata[key] for key in _METADATA})
+    if jax.process_count() > 1:
+        leaves = dict(leaves)  # all processes take part in fetching a leaf, and the first one alone writes
+    kept = {key: metadata[key] for key in _METADATA}
+    first_alone(lambda: native.write(directory, leaves, architecture, tokenizer, kept))
     return (directory / native.WEIGHTS).stat().st_size
 
 

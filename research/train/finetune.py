@@ -25,6 +25,7 @@ from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
 from research.plot import plot_loss
+from research.processes import first_alone, from_first
 from research.report import (
     cost_footer,
     describe_positions,
@@ -46,6 +47,7 @@ from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
 from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.loop import Trained, train
+from research.train.manifest import step_path
 from research.train.open_run import open_checkpoint
 from research.train.state import (
     checkpoint_items,
@@ -138,7 +140,8 @@ def finetune(
         foundation_ey = _score_foundation(job)
         trained = _train(job, folder, resume)
         scores = {"foundation": foundation_ey, **_score_trained(job, folder, trained.state)}
-        _conclude(job, folder, trained, scores, started)
+        if jax.process_index() == 0:
+            _conclude(job, folder, trained, scores, started)
     print_commands(
         console,
         next_commands(
@@ -160,10 +163,14 @@ def dry_run(experiment: Experiment, console: Console) -> None:
 
 def _open_folder(experiment: Experiment, resume: bool) -> RunFolder:
     path = Path("runs") / experiment.run
-    if not resume:
-        return RunFolder.create(path, to_json(experiment))
-    require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
-    return RunFolder.resume(path)
+
+    def open_to_write() -> RunFolder:
+        if not resume:
+            return RunFolder.create(path, to_json(experiment))
+        require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
+        return RunFolder.resume(path)
+
+    return first_alone(open_to_write) or RunFolder.follow(path)
 
 
 def _score_test(job: Job, title: str, setup: Setup, score: Score, weights: Any) -> np.ndarray:
@@ -201,12 +208,8 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     step = make_step(
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )
-    batches = training_batches(
-        label_rows(job.examples.splits["train"], experiment.task.lengths),
-        experiment.train,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    rows = label_rows(job.examples.splits["train"], experiment.task.lengths)
+    batches = training_batches(rows, experiment.train)
     folder.replace_config(to_json(experiment))  # not before now: a run that can't go on like this keeps its own
 
     def say_as(title: str) -> Callable[[str], None]:
@@ -250,9 +253,10 @@ def _smoothed(job: Job) -> Foundation:
 
 def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     """Return the state of the newest whole checkpoint, None (and a line) if there is none."""
-    path, skipped = newest_whole(folder.checkpoints)
+    path, skipped = first_alone(lambda: newest_whole(folder.checkpoints)) or (None, [])
     for line in skipped:
         say(job.console, "Resume", line)
+    path = _of_first(path, folder)
     if path is None:
         say(job.console, "Resume", "no whole checkpoint yet: starting from the foundation")
         return None
@@ -265,6 +269,12 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     state = restore_state(path, job.setup, tx, metadata, verified=True)
     say(job.console, "Resume", f"from step {int(state.step)}, {path}")
     return state
+
+
+def _of_first(path: Path | None, folder: RunFolder) -> Path | None:
+    """Return the checkpoint that the first process has found; nobody else has hashed the files."""
+    step = from_first(-1 if path is None else int(path.name))
+    return None if step < 0 else step_path(folder.checkpoints, step)
 
 
 def _validation(job: Job) -> Any:
@@ -288,7 +298,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     encoded = encoded_weights(state)
     scores = {"finetuned": _score_test(job, "Scoring the fine-tuned model", job.setup, score, serving_weights(encoded))}
     directory = folder.path / "export"
-    shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
+    first_alone(lambda: shutil.rmtree(directory, ignore_errors=True))  # made from the state, and made anew
     metadata = job.metadata | {"step": int(state.step)}
     write_export(directory, encoded, job.setup, job.start.architecture, job.start.tokenizer, metadata)
     say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
@@ -336,6 +346,7 @@ def _conclude(job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str
             "download_seconds": job.download_seconds,
             "foundation_source": job.foundation.source,
             "test_examples": len(test.prompts),
+            "processes": jax.process_count(),
         },
         **costs,
     )
