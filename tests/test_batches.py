@@ -81,9 +81,7 @@ def assert_equal_batches(one: Batch, other: Batch) -> None:
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def batches_of(
-    examples: EncodedExamples, *, accumulate: int = 1, **budget: int
-) -> grain.MapDataset[tuple[Batch, ...]]:
+def batches_of(examples: EncodedExamples, *, accumulate: int = 1, **budget: int) -> grain.MapDataset[tuple[Batch, ...]]:
     """Return the training batches of a budget."""
     train = TrainConfig(accumulate=accumulate, **budget)
     rows = label_rows(examples, LENGTHS)
