@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -13,12 +14,13 @@ from research.architecture import Architecture
 from research.axes import LATENT_OVER_DATA, ROWS, AxisRules
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
+from research.model.attention import Segments, ring_order
 from research.model.layers import Settings
 from research.model.parameters import Parameter
 from research.model.transformer import graph_of, make_settings
 from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
-from research.tasks.batches import Batch
+from research.tasks.batches import Batch, reordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,16 @@ def require_batch_fits(train: TrainConfig, lengths: Sequence[int], mesh: Mesh) -
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Return a batch as arrays split by rows; every process is given all of it, and places what its devices hold."""
+    """Return a batch as arrays split by rows; every process is given all of it, and places what its devices hold.
+
+    Tokens are put in the order in which the devices of `context` share the work evenly.
+    """
+    batch = reordered(batch, ring_order(batch.tokens_bt.shape[1], mesh.shape["context"]))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
     placed: list[Any] = [jax.make_array_from_callback(array.shape, rows, array.__getitem__) for array in batch]
     return Batch(*placed)
+
+
+def segments_of(batch: Batch) -> Segments:
+    """Return what decides which tokens of a batch see each other."""
+    return Segments(jnp.asarray(batch.index_bt), jnp.asarray(batch.branch_bt))

@@ -200,8 +200,6 @@ def test_batches_that_do_not_fit_are_the_users_mistake() -> None:
     examples = make_examples(7)
     with pytest.raises(UserError, match="train.batch_size=8 is larger than the training split of 7 examples"):
         batches_of(examples, seed=0, steps=1, batch_size=8)
-    with pytest.raises(UserError, match="batch_size=4 does not divide into train.accumulate=3 .* multiple of 3"):
-        batches_of(examples, seed=0, steps=1, batch_size=4, accumulate=3)
 
 
 def test_micro_batches_are_the_rows_of_the_step_by_length() -> None:

@@ -88,7 +88,7 @@ def _batch(step: int, length: int) -> Batch:
     branch_bt = np.zeros_like(tokens_bt)
     branch_bt[:, -1] = -1  # one of each row is padding
     slots_ba = np.ones((2, 3), np.int32)
-    return Batch(tokens_bt, branch_bt, branch_bt, slots_ba, slots_ba, slots_ba)
+    return Batch(tokens_bt, branch_bt, branch_bt, branch_bt, slots_ba, slots_ba, slots_ba)
 
 
 def experiment(steps: int, save_every: int = 0, log_every: int = 1, validate_every: int = 0) -> Experiment:

@@ -98,3 +98,13 @@ def test_rows_of_a_batch_are_split_over_replica_data_and_fsdp() -> None:
         np.testing.assert_array_equal(host, array)
         assert array.sharding.spec == PartitionSpec(("replica", "data", "fsdp"))
         assert array.addressable_shards[0].data.shape == (2, *host.shape[1:])
+
+
+def test_tokens_are_dealt_out_so_that_the_devices_of_a_context_share_the_work() -> None:
+    mesh, rows = make_mesh(MeshConfig(context=2, data=4)), tiny.batch()
+    placed = put_batch(rows, mesh)
+    order_t = [0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8]
+    for name in ("tokens_bt", "position_bt", "index_bt", "branch_bt"):
+        np.testing.assert_array_equal(getattr(placed, name), getattr(rows, name)[:, order_t])
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(placed.index_bt), placed.source_ba, 1), rows.source_ba)
+    np.testing.assert_array_equal(placed.target_ba, rows.target_ba)

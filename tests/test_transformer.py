@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from research.architecture import Architecture
 from research.axes import AxisRules
 from research.config import Rule
-from research.model.layers import visible
+from research.model.attention import in_order, mutual
 from research.model.placement import array_bytes, bytes_per_device
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
@@ -189,7 +189,7 @@ def _influence() -> Callable[..., np.ndarray]:
 
     def logits(table_vd: jax.Array, tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array) -> jax.Array:
         called = model.model({**model.weights, "embed": {"table_vd": table_vd}})
-        hidden_btd, _ = called(tokens_bt, position_bt, visible(branch_bt, branch_bt))
+        hidden_btd, _ = called(tokens_bt, position_bt, mutual(in_order(branch_bt)))
         return jnp.tanh(called.logits(hidden_btd)).sum(axis=(0, 2))
 
     jacobian = jax.jit(jax.jacrev(logits))
@@ -230,7 +230,7 @@ def test_a_branch_has_the_logits_that_it_has_alone() -> None:
     @jax.jit
     def logits(tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array) -> jax.Array:
         called = model.model(model.weights)
-        return called.logits(called(tokens_bt, position_bt, visible(branch_bt, branch_bt))[0])[0]
+        return called.logits(called(tokens_bt, position_bt, mutual(in_order(branch_bt)))[0])[0]
 
     tokens_bt, position_bt, branch_bt = _text([0, 0, 0, 1, 1, 2, 2, 2, -1, -1])
     kept, rest = [0, 1, 2, 5, 6, 7], [3, 4, 8, 9]

@@ -57,7 +57,9 @@ def batch(seed: int = 0) -> Batch:
     position_bt = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     source_ba = np.tile(np.arange(LENGTH - SLOTS - 1, LENGTH - 1, dtype=np.int32), (ROWS, 1))
     ones_ba = np.ones((ROWS, SLOTS), np.int32)
-    return Batch(tokens_bt, position_bt, np.zeros_like(tokens_bt), source_ba, tokens_bt[:, -SLOTS:], ones_ba)
+    return Batch(
+        tokens_bt, position_bt, position_bt, np.zeros_like(tokens_bt), source_ba, tokens_bt[:, -SLOTS:], ones_ba
+    )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
+from research.model.attention import How, Sight, attend, attend_to_cache
 from research.model.inputs import Input, prepare
 from research.model.parameters import HeadPlan, Parameter
 from research.model.product import Route
@@ -21,7 +22,7 @@ from research.model.seam import einsum
 from research.model.sharding import constrain, explicit, place, ways_of, whole
 from research.quant.activations import statistic_of
 from research.quant.grid import Grid
-from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
+from research.quant.kv_cache import Kept, keep
 from research.quant.nodes import Quantized, Weight, dense
 
 # Keys (rotated) and values of all layers, each [l, b, s, k, h]; k counts padding and copies.
@@ -179,7 +180,7 @@ class Attention(nnx.Module):
         self.o_nhd = settings.param(f"{path}/o_nhd", rngs)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, slot: "Slot"
+        self, x_btd: jax.Array, rotation: "Rotation", sight: Sight, cache: Cache | None, slot: "Slot"
     ) -> tuple[jax.Array, Cache | None]:
         """Return the attention output [b, t, d] and the cache with this call's keys and values written at `slot`."""
         product = self.settings.product
@@ -189,19 +190,18 @@ class Attention(nnx.Module):
         v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", shared, self.v_dkh)
         k_bskh, v_bskh, grid = self._repeat(k_bskh), self._repeat(v_bskh), self.settings.kv_grid
         if cache is None:
-            k_bskh, v_bskh = self._all_positions(k_bskh), self._all_positions(v_bskh)
-            k_bskh, v_bskh = keep_and_read_back(grid, k_bskh), keep_and_read_back(grid, v_bskh)
+            out_btnh: jax.Array = attend(self._how(x_btd.shape[1], "t"), q_btnh, k_bskh, v_bskh, *sight)
         else:
             cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
-            k_bskh, v_bskh = read(cache, slot.layer)
-        out_btnh = self._drop_padding(attend(q_btnh, k_bskh, v_bskh, mask_bts))
-        out_btnh = self.settings.constrain(out_btnh, "btnh")
+            out_btnh = attend_to_cache(self._how(x_btd.shape[1], "s"), q_btnh, *read(cache, slot.layer), *sight)
+        out_btnh = self.settings.constrain(self._drop_padding(out_btnh), "btnh")
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
 
-    def _all_positions(self, x_bskh: jax.Array) -> jax.Array:
-        """Return keys or values of the whole text, gathered where positions are split."""
-        copied = self.settings.heads.copies > 1
-        return self.settings.constrain(x_bskh, "bsnh" if copied else "bskh")
+    def _how(self, t: int, keys: str) -> How:
+        """Return how `t` queries attend. `keys`: "t" if they are those of the same tokens, "s" if of a cache."""
+        settings = self.settings
+        heads = "n" if settings.heads.copies > 1 else "k"
+        return How(settings.spec("btnh", t), settings.spec(f"b{keys}{heads}h", t), settings.kv_grid)
 
     def _drop_padding(self, out_btnh: jax.Array) -> jax.Array:
         """Return `out_btnh` with zeros for the heads that are padding.
@@ -234,24 +234,9 @@ def write(cache: Cache, new: Cache, slot: Slot) -> Cache:
     return jax.tree.map(lambda x_lbskh, x_btkh: jax.lax.dynamic_update_slice(x_lbskh, x_btkh[None], start), cache, new)
 
 
-def read(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the keys and values of one layer, [b, s, k, h] floats."""
-    keys, values = jax.tree.map(lambda x_lbskh: jax.lax.dynamic_index_in_dim(x_lbskh, layer, keepdims=False), cache)
-    return read_back(keys), read_back(values)
-
-
-def attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array) -> jax.Array:
-    """Return softmax(q · k / √h) · v, [b, t, n, h] in the dtype of `v`; n = (k, g): g queries share a kv head.
-
-    Scores and softmax are float32. Not `jax.nn.dot_product_attention`, whose derivative mixes float32 and bfloat16.
-    """
-    b, t, n, h = q_btnh.shape
-    k = k_bskh.shape[2]
-    q_btkgh = q_btnh.reshape(b, t, k, n // k, h).astype(jnp.float32)
-    score_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh.astype(jnp.float32)) * h**-0.5
-    score_bkgts = jnp.where(mask_bts[:, None, None], score_bkgts, jnp.finfo(jnp.float32).min)
-    share_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", share_bkgts, v_bskh).reshape(b, t, n, h)
+def read(cache: Cache, layer: jax.Array) -> tuple[Kept, Kept]:
+    """Return the keys and values of one layer, [b, s, k, h]."""
+    return jax.tree.map(lambda x_lbskh: jax.lax.dynamic_index_in_dim(x_lbskh, layer, keepdims=False), cache)
 
 
 class MLP(nnx.Module):
@@ -282,10 +267,10 @@ class Block(nnx.Module):
         self.mlp = MLP(settings, f"{path}/mlp", rngs)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, slot: "Slot"
+        self, x_btd: jax.Array, rotation: "Rotation", sight: Sight, cache: Cache | None, slot: "Slot"
     ) -> tuple[jax.Array, Cache | None]:
         """Return the residual stream [b, t, d] after the layer, and its cache."""
-        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, mask_bts, cache, slot)
+        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, sight, cache, slot)
         x_btd = x_btd + attended_btd
         return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
 
@@ -317,18 +302,6 @@ def rotate(x_btnh: jax.Array, rotation: Rotation) -> jax.Array:
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos_bt1h - second * sin_bt1h, second * cos_bt1h + first * sin_bt1h], axis=-1)
     return rotated.astype(x_btnh.dtype)
-
-
-def visible(branch_bt: jax.Array, branch_bs: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-    """Return which key each query sees, boolean [b, t, s].
-
-    A query sees the keys up to its own index that belong to the prompt (branch 0) or to its own branch; -1 is padding.
-    Query t stands at index `start` + t among the keys.
-    """
-    t, s = branch_bt.shape[1], branch_bs.shape[1]
-    causal_ts = jnp.arange(s)[None, :] <= (jnp.arange(t) + start)[:, None]
-    same_bts = (branch_bs[:, None, :] == 0) | (branch_bs[:, None, :] == branch_bt[:, :, None])
-    return causal_ts[None] & same_bts & (branch_bs >= 0)[:, None, :]
 
 
 def tree_of(params: Mapping[str, Any]) -> dict[str, Any]:

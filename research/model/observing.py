@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.model.layers import Settings, Slot, make_rotation, visible
+from research.model.attention import Segments, mutual
+from research.model.layers import Settings, Slot, make_rotation
 from research.model.transformer import Transformer, graph_of
 
 Measure = Callable[[str, jax.Array, jax.Array], jax.Array | None]
@@ -32,27 +33,28 @@ def observe(
     weights: Any,
     tokens_bt: jax.Array,
     position_bt: jax.Array,
-    branch_bt: jax.Array,
+    segments: Segments,
 ) -> dict[str, jax.Array]:
     """Return path → what `measure` finds of the input of that product; of products in the layers with a leading `l`.
 
-    To be jitted; arguments as in `research.tasks.batches.Batch`, branch -1 is padding. No activation is rounded. The
+    To be jitted; tokens and positions as in `research.tasks.batches.Batch`. No activation is rounded. The
     layers run as in `Transformer`, but what is seen in one of them has to leave the scan with it.
     """
     seen: dict[str, jax.Array] = {}
 
     def see(path: str, x: jax.Array) -> None:
-        found = measure(path, x, branch_bt >= 0)
+        found = measure(path, x, segments.branch_bt >= 0)
         if found is not None:
             seen[path] = found
 
     watched = _Watched(**{**vars(settings), "activations": {}}, see=see)
     model: Transformer = nnx.merge(graph_of(watched), weights)
     graph, layers = nnx.split(model.layers)
-    rotation, mask_bts = make_rotation(settings.architecture, position_bt), visible(branch_bt, branch_bt)
+    rotation = make_rotation(settings.architecture, position_bt)
+    sight = mutual(segments)
 
     def layer(x_btd: jax.Array, weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, None, Slot(jnp.int32(0), jnp.int32(0)))
+        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, sight, None, Slot(jnp.int32(0), jnp.int32(0)))
         return settings.scatter(x_btd), dict(seen)
 
     x_btd, stacked = jax.lax.scan(layer, model.embed(tokens_bt), nnx.as_pure(layers))

@@ -1,5 +1,7 @@
 """Where an array lies while a program computes: told to the compiler, or moved there where sharding is a type."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -50,3 +52,19 @@ def split(parts: Any, spec: PartitionSpec) -> Any:
         return place(array, PartitionSpec(*(None if size == 1 else entry for size, entry in entries)))
 
     return jax.tree.map(move, parts)
+
+
+def per_device(function: Callable[..., Any], inputs: Sequence[PartitionSpec], outputs: Any) -> Callable[..., Any]:
+    """Return `function` as each device of the mesh in context calls it, with what it holds; itself if there is none.
+
+    `inputs`, `outputs`: shardings of the arguments, and of what is returned. An argument may be a tree of arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    mapped = jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+    def call(*arguments: Any) -> Any:
+        return mapped(*(jax.tree.map(partial(place, spec=spec), x) for x, spec in zip(arguments, inputs, strict=True)))
+
+    return call

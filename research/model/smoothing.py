@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.architecture import Architecture
+from research.model.attention import Segments
 from research.model.folding import FloatModel
 from research.model.layers import Settings
 from research.model.observing import observe
@@ -108,7 +109,7 @@ def _largest(axes: str, x: np.ndarray, kept: str) -> np.ndarray:
 
 
 def input_maxima(
-    settings: Settings, weights: Any, tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array
+    settings: Settings, weights: Any, tokens_bt: jax.Array, position_bt: jax.Array, segments: Segments
 ) -> dict[str, jax.Array]:
     """Return path → largest magnitude of each input channel of that product, float32 [l, contracted axes, padded].
 
@@ -120,7 +121,7 @@ def input_maxima(
         largest = jnp.where(counts, jnp.abs(x.astype(jnp.float32)), 0).max(axis=(0, 1))
         return largest if path.startswith("layers/") else None
 
-    return observe(settings, measure, weights, tokens_bt, position_bt, branch_bt)
+    return observe(settings, measure, weights, tokens_bt, position_bt, segments)
 
 
 def logical_maxima(maxima: Mapping[str, jax.Array], table: Mapping[str, Parameter]) -> dict[str, np.ndarray]:

@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     """Token ids; 0 where there is padding."""
     position_bt: np.ndarray
     """Position for the rotary embedding; 0 where there is padding."""
+    index_bt: np.ndarray
+    """Place in the row, which is what causality goes by; t itself but for `reordered` batches."""
     branch_bt: np.ndarray
     """0 = prompt, j ≥ 1 = the j-th answer in this row, -1 = padding."""
     source_ba: np.ndarray
@@ -135,13 +137,8 @@ def training_batches(rows: TrainingRows, train: TrainConfig) -> grain.MapDataset
         train: says seed, steps, batch size and micro-batches.
 
     Raises:
-        UserError: a batch larger than the split, or one that doesn't divide into micro-batches.
+        UserError: a batch larger than the split.
     """
-    if train.batch_size % train.accumulate:
-        raise UserError(
-            f"train.batch_size={train.batch_size} does not divide into train.accumulate={train.accumulate} "
-            f"micro-batches; give a multiple of {train.accumulate}"
-        )
     order = TrainingOrder(len(rows.length_e), train.seed, train.batch_size)
 
     def make(step: int) -> tuple[Batch, ...]:
@@ -263,6 +260,12 @@ def without_empty_rows(batch: Batch) -> Batch:
     return batch._replace(branch_bt=np.where(_filled(batch)[:, None], batch.branch_bt, -1))
 
 
+def reordered(batch: Batch, order_t: np.ndarray) -> Batch:
+    """Return a batch whose token at place t is that of place `order_t[t]`; what the slots predict stays the same."""
+    tokens = {name: getattr(batch, name)[:, order_t] for name in ("tokens_bt", "position_bt", "index_bt", "branch_bt")}
+    return batch._replace(**tokens, source_ba=np.argsort(order_t).astype(np.int32)[batch.source_ba])
+
+
 def padding_share(batches: Iterable[Batch]) -> float:
     """Return the fraction of the batches' positions that hold no token of an example."""
     total = used = 0
@@ -312,8 +315,8 @@ def _put(batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, 
 
 def _empty_batch(batch_size: int, length: int, slots: int) -> Batch:
     """Return a batch of empty rows; its arrays are there to be filled."""
-    token_arrays = [np.zeros((batch_size, length), np.int32) for _ in range(3)]
-    slot_arrays = [np.zeros((batch_size, slots), np.int32) for _ in range(3)]
-    batch = Batch(*token_arrays, *slot_arrays)
+    tokens, position, branch = (np.zeros((batch_size, length), np.int32) for _ in range(3))
+    index = np.tile(np.arange(length, dtype=np.int32), (batch_size, 1))
+    batch = Batch(tokens, position, index, branch, *(np.zeros((batch_size, slots), np.int32) for _ in range(3)))
     batch.branch_bt[:, 1:] = -1
     return batch

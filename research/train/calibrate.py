@@ -19,7 +19,7 @@ from research.quant.activations import statistic_of
 from research.quant.policy import Format
 from research.quant.ranges import static_scale, text_ranges
 from research.quant.state import with_input_scales
-from research.setup import Setup, put_batch
+from research.setup import Setup, put_batch, segments_of
 from research.tasks.batches import Batch, without_empty_rows
 from research.train.step import TrainState
 
@@ -60,7 +60,7 @@ def _ranges(
     for rows in batches:
         rows = without_empty_rows(rows)
         batch = put_batch(rows, setup.mesh)
-        seen = see(state.params, batch.tokens_bt, batch.position_bt, batch.branch_bt)
+        seen = see(state.params, batch.tokens_bt, batch.position_bt, segments_of(batch))
         real_b = (rows.branch_bt >= 0).any(axis=1)
         for path, ranges in seen.items():
             found.setdefault(path, []).append(np.asarray(ranges)[..., real_b])

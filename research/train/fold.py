@@ -19,7 +19,7 @@ from research.foundation import Foundation
 from research.model.folding import HEAD, FloatModel, rotate
 from research.model.placement import place_float
 from research.model.smoothing import BOUNDARIES, input_maxima, logical_maxima, smooth, smoothing_factors
-from research.setup import make_setup, put_batch
+from research.setup import make_setup, put_batch, segments_of
 from research.tasks.batches import ScoringBatch, without_empty_rows
 
 
@@ -84,7 +84,7 @@ def calibrate_maxima(
     found: dict[str, np.ndarray] = {}
     for part in batches:
         batch = put_batch(without_empty_rows(part.batch), mesh)
-        seen = logical_maxima(see(weights, batch.tokens_bt, batch.position_bt, batch.branch_bt), setup.table)
+        seen = logical_maxima(see(weights, batch.tokens_bt, batch.position_bt, segments_of(batch)), setup.table)
         found = {path: np.maximum(found.get(path, 0), maximum) for path, maximum in seen.items()}
     return found
 

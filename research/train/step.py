@@ -211,10 +211,11 @@ def make_step(
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
+    # keep_unused: nothing reads the old values of quantized leaves, but the new ones take their place.
     state_shapes = jax.eval_shape(lambda: state.params)
     return Step(
         jax.jit(zeros, out_shardings=sums_layout),
         jax.jit(add, donate_argnums=2, out_shardings=sums_layout),
-        jax.jit(update, donate_argnums=0, out_shardings=(state_layout, whole)),
+        jax.jit(update, donate_argnums=0, keep_unused=True, out_shardings=(state_layout, whole)),
         teacher and teacher.weights,
     )
