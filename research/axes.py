@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec
 ALPHABET = frozenset("btsdnkghfvla")
 MeshAxes = str | tuple[str, ...] | None
 
-PARAM: Mapping[str, MeshAxes] = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
-ROWS = ("replica", "data", "fsdp")
-"""Mesh axes over which the rows of a batch are split."""
+PARAM: Mapping[str, MeshAxes] = {"l": "stage", "d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+ROWS = ("replica", "data", "fsdp", "stage")
+"""Mesh axes over which the rows of a batch are split, but in the layers: there the stages share them."""
 ACTIVATION: Mapping[str, MeshAxes] = {
     "b": ROWS,
     "t": "context",
@@ -31,7 +31,9 @@ ACTIVATION: Mapping[str, MeshAxes] = {
 }
 LATENT_OVER_DATA: Mapping[str, MeshAxes] = {**PARAM, "d": ("fsdp", "data")}
 """How latents and moments are split under ZeRO (Rajbhandari et al. 2020); otherwise they lie like parameters."""
-RESIDUAL: Mapping[str, MeshAxes] = {"b": ROWS, "t": ("context", "tensor")}
+_ROWS_IN_LAYERS = tuple(axis for axis in ROWS if axis != "stage")
+RESIDUAL: Mapping[str, MeshAxes] = {"b": _ROWS_IN_LAYERS, "t": ("context", "tensor")}
+CACHE: Mapping[str, MeshAxes] = {"l": "stage", "b": _ROWS_IN_LAYERS, "n": "tensor"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class AxisRules:
     latents: Mapping[str, MeshAxes] = field(default_factory=lambda: PARAM)
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATION)
     residuals: Mapping[str, MeshAxes] = field(default_factory=lambda: RESIDUAL)
+    caches: Mapping[str, MeshAxes] = field(default_factory=lambda: CACHE)
 
     def param(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of a parameter whose axes are `letters`, e.g. "ldnh"."""
@@ -58,6 +61,10 @@ class AxisRules:
     def residual(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of the residual stream, whose axes are `letters`: "btd"."""
         return _spec(letters, self.residuals)
+
+    def cache(self, letters: str) -> PartitionSpec:
+        """Return the sharding spec of keys and values that the layers keep, whose axes are `letters`: "lbsnh"."""
+        return _spec(letters, self.caches)
 
     def with_params(self, **changes: MeshAxes) -> "AxisRules":
         """Return rules whose parameters, latents too, are split otherwise in some letters: `with_params(k=None)`."""

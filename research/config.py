@@ -69,6 +69,8 @@ class MeshConfig:
 
     replica: int = 1
     """Like data: groups of devices that exchange nothing but gradients, once a micro-batch."""
+    stage: int = 1
+    """Stages of a pipeline: each holds some of the layers, and pieces of a micro-batch pass through them."""
     data: int = 1
     """Replicas that each see other examples."""
     fsdp: int = 1

@@ -23,7 +23,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from research.axes import ROWS
 from research.model.parameters import Parameter
+from research.model.pipeline import bubble, count_pieces
 from research.quant.grid import Grid
 from research.quant.policy import Coverage
 from research.results import ModelResult, Results
@@ -61,7 +63,7 @@ def print_result_line(result: Mapping[str, Any], stream: TextIO | None = None) -
     output.flush()
 
 
-_LETTERS = {"n": "query heads", "k": "kv heads", "f": "feed-forward", "v": "vocabulary"}
+_LETTERS = {"l": "layers", "n": "query heads", "k": "kv heads", "f": "feed-forward", "v": "vocabulary"}
 
 
 def describe_padding(table: Mapping[str, Parameter]) -> str:
@@ -95,6 +97,18 @@ def describe_positions(lengths: Sequence[int], mesh: Mapping[str, int]) -> str:
     return (
         f"rows of {', '.join(whole)} tokens don't divide over context×tensor={ways}; between products they are whole on"
         " every device, which costs memory"
+    )
+
+
+def describe_pipeline(rows: int, mesh: Mapping[str, int]) -> str:
+    """Return in words how `rows` of a micro-batch pass through the stages of a mesh; "" if there is one stage."""
+    stages, ways = mesh["stage"], prod(mesh[axis] for axis in ROWS if axis != "stage")
+    if stages == 1:
+        return ""
+    pieces = count_pieces(rows // ways, stages)
+    return (
+        f"{stages} stages, through which a micro-batch passes in {pieces} pieces of {rows // pieces} rows;"
+        f" a stage waits {100 * bubble(pieces, stages):.0f} % of the time"
     )
 
 

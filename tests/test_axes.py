@@ -12,13 +12,15 @@ from research.mesh import AXES
 
 def test_specs_of_parameters_and_activations() -> None:
     rules = AxisRules()
-    assert rules.param("ldnh") == P(None, "fsdp", "tensor", None)
+    assert rules.param("ldnh") == P("stage", "fsdp", "tensor", None)
     assert rules.param("vd") == P("tensor", "fsdp")
-    assert rules.param("lfd") == P(None, "tensor", "fsdp")
-    rows = ("replica", "data", "fsdp")
+    assert rules.param("lfd") == P("stage", "tensor", "fsdp")
+    in_layers = ("replica", "data", "fsdp")
+    rows = (*in_layers, "stage")
     assert rules.activation("btd") == P(rows, "context", None)  # d is split in weights, not in activations
     assert rules.activation("btnh") == P(rows, "context", "tensor", None)
-    assert rules.residual("btd") == P(rows, ("context", "tensor"), None)
+    assert rules.residual("btd") == P(in_layers, ("context", "tensor"), None)
+    assert rules.cache("lbsnh") == P("stage", in_layers, None, "tensor", None)
     assert rules.activation("") == P()
 
 

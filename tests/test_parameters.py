@@ -19,7 +19,7 @@ from research.model.placement import place
 from research.model.transformer import Transformer, make_settings
 
 # Written out a second time, on purpose: a letter that the code maps elsewhere fails here.
-SPLIT_OVER = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+SPLIT_OVER = {"l": "stage", "d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
 SUMMED_OVER = {"o_nhd": "nh", "down_fd": "f", "scale_d": ""}  # "d" of all others
 
 
@@ -85,7 +85,7 @@ def test_every_split_axis_divides_and_is_padded_least(query: int, kv: int, tenso
         for letter, size, whole, entry, shards in zip(
             parameter.axes, parameter.shape, logical, parameter.spec, parameter.shards, strict=True
         ):
-            assert shards == (sizes[entry] if entry else 1)
+            assert shards == sizes.get(entry, 1)
             assert size % shards == 0 and size >= whole
             if letter not in "nk":  # heads: see the plans
                 assert size - whole < shards
@@ -94,9 +94,9 @@ def test_every_split_axis_divides_and_is_padded_least(query: int, kv: int, tenso
 def test_kv_parameters_are_whole_only_where_they_are_shared() -> None:
     for architecture, expected in ((tiny.GQA_9_3, "tensor"), (tiny.GQA_10_2, None)):
         table = parameter_table(architecture, AxisRules(), _sizes(tensor=4))
-        assert table["layers/attention/k_dkh"].spec == PartitionSpec(None, "fsdp", expected, None)
-        assert table["layers/attention/v_dkh"].spec == PartitionSpec(None, "fsdp", expected, None)
-        assert table["layers/attention/q_dnh"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+        assert table["layers/attention/k_dkh"].spec == PartitionSpec("stage", "fsdp", expected, None)
+        assert table["layers/attention/v_dkh"].spec == PartitionSpec("stage", "fsdp", expected, None)
+        assert table["layers/attention/q_dnh"].spec == PartitionSpec("stage", "fsdp", "tensor", None)
 
 
 def test_only_an_untied_model_has_a_head_of_its_own() -> None:
@@ -116,11 +116,14 @@ def test_a_width_that_does_not_divide_is_an_error_that_lists_the_sizes_that_do()
 LAID_OUT = [
     (tiny.GQA_9_3, {"data": 2, "tensor": 4}),
     (tiny.GQA_9_3, {"fsdp": 4}),
+    (replace(tiny.GQA_9_3, layers=3), {"stage": 2, "tensor": 4}),
     (replace(tiny.GQA_10_2, tied_head=False), {"fsdp": 2, "tensor": 4}),
 ]
 
 
-@pytest.mark.parametrize("architecture, sizes", LAID_OUT, ids=["2x1x4", "1x4x1", "1x2x4-shared"])
+@pytest.mark.parametrize(
+    "architecture, sizes", LAID_OUT, ids=["data2-tensor4", "fsdp4", "stage2-tensor4", "fsdp2-tensor4-shared"]
+)
 def test_arrays_lie_as_declared(
     architecture: Architecture, sizes: dict[str, int], mesh_of: Callable[..., Mesh]
 ) -> None:

@@ -39,17 +39,17 @@ def test_what_is_shaped_like_a_parameter_lies_like_it(setup: Setup, prefix: str)
     assert shape == (2, 24, 12, 4)
     for key in (f"{prefix}{Q}", f"{prefix}{Q}/codes"):
         found = layout(key, shape, setup.table)
-        assert found.spec == PartitionSpec(None, "fsdp", "tensor", None)
+        assert found.spec == PartitionSpec("stage", "fsdp", "tensor", None)
         assert found.padding.logical == (2, 24, 9, 4)
 
 
 def test_scales_lie_like_the_axes_that_they_keep(setup: Setup) -> None:
     channel = layout(f"{Q}/scale", (2, 1, 12, 4), setup.table)
-    assert channel.spec == PartitionSpec(None, None, "tensor", None) and channel.padding.logical == (2, 1, 9, 4)
+    assert channel.spec == PartitionSpec("stage", None, "tensor", None) and channel.padding.logical == (2, 1, 9, 4)
     tensor = layout(f"{Q}/scale", (2, 1, 1, 1), setup.table)
-    assert tensor.spec == PartitionSpec(None, None, None, None) and tensor.padding.is_none
+    assert tensor.spec == PartitionSpec("stage", None, None, None) and tensor.padding.is_none
     grouped = layout(f"{Q}/scale", (2, 6, 12, 4), setup.table)  # groups of 4 along d
-    assert grouped.spec == PartitionSpec(None, "fsdp", "tensor", None) and grouped.padding.logical == (2, 6, 9, 4)
+    assert grouped.spec == PartitionSpec("stage", "fsdp", "tensor", None) and grouped.padding.logical == (2, 6, 9, 4)
 
 
 def test_what_belongs_to_no_parameter_is_whole(setup: Setup) -> None:
@@ -74,6 +74,13 @@ def test_place_and_unplace_are_inverse(setup: Setup) -> None:
         assert placed.sharding == jax.sharding.NamedSharding(setup.mesh, found.spec) and placed.dtype == dtype
         assert (np.asarray(placed)[~found.padding.mask()] == fill).all() and not found.padding.is_none
         np.testing.assert_array_equal(unplace(key, placed, setup.table), values)
+
+
+def test_a_static_scale_of_a_padded_layer_is_one() -> None:
+    mesh = make_mesh(MeshConfig(stage=2))
+    table = make_setup(replace(tiny.ARCHITECTURE, layers=3), tiny.STATIC, tiny.TRAIN, mesh).table
+    placed = place(f"{Q}/input_scale", np.full((3, 1, 1, 1), 0.5, np.float32), table, mesh)
+    np.testing.assert_array_equal(np.ravel(placed), [0.5, 0.5, 0.5, 1])
 
 
 def test_a_foundation_is_read_leaf_by_leaf_and_each_device_holds_its_shard(setup: Setup) -> None:

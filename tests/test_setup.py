@@ -90,13 +90,13 @@ def test_lengths_must_divide_over_the_context_axis() -> None:
     assert "rows of 60 tokens don't divide over mesh.context=8" in line and line.endswith("e.g. 64")
 
 
-def test_rows_of_a_batch_are_split_over_replica_data_and_fsdp() -> None:
+def test_rows_of_a_batch_are_split_over_all_axes_of_rows() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = tiny.batch()
     placed = put_batch(rows, mesh)
     for host, array in zip(rows, placed, strict=True):
         np.testing.assert_array_equal(host, array)
-        assert array.sharding.spec == PartitionSpec(("replica", "data", "fsdp"))
+        assert array.sharding.spec == PartitionSpec(("replica", "data", "fsdp", "stage"))
         assert array.addressable_shards[0].data.shape == (2, *host.shape[1:])
 
 

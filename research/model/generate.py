@@ -218,14 +218,15 @@ def _empty_cache(settings: Settings, b: int, s: int) -> Cache:
 
 def _zeros(settings: Settings, b: int, s: int) -> Cache:
     architecture = settings.architecture
-    shape = (architecture.layers, b, s, settings.heads.groups, architecture.head_width)
+    layers = settings.table["layers/attention/k_dkh"].shape[0]
+    shape = (layers, b, s, settings.heads.groups, architecture.head_width)
     empty_lbskh = jnp.zeros(shape, settings.compute_dtype)
     return keep(settings.kv_grid, empty_lbskh), keep(settings.kv_grid, empty_lbskh)
 
 
 def _place_cache(settings: Settings, cache: Cache) -> Cache:
     """Return the cache split like the query heads, of which each device has those that use its keys and values."""
-    return jax.tree.map(lambda x_lbskh: constrain(x_lbskh, settings.spec("lbsnh")), cache)
+    return jax.tree.map(lambda x_lbskh: constrain(x_lbskh, settings.rules.cache("lbsnh")), cache)
 
 
 def _draw(

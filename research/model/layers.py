@@ -71,8 +71,8 @@ class Settings:
 
     def residual(self, t: int) -> PartitionSpec:
         """Return the sharding of the residual stream [b, t, d] between the products of a layer, of `t` positions."""
-        spec = self.rules.residual("btd")
-        return self.spec("btd", t) if t % ways_of(spec[1]) else spec
+        row, position, width = self.rules.residual("btd")
+        return PartitionSpec(row, self.spec("bt", t)[1] if t % ways_of(position) else position, width)
 
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
@@ -144,8 +144,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
-        spec = self.settings.spec("btd", tokens_bt.shape[1])
-        rows_btd = _rows(weight(self.table_vd), self.settings.constrain(tokens_bt, "bt"), spec)
+        # Each stage looks up the rows that it shares with the others: the first needs them all.
+        row, *_ = self.settings.residual(tokens_bt.shape[1])
+        _, position, width = self.settings.spec("btd", tokens_bt.shape[1])
+        tokens_bt = place(tokens_bt, PartitionSpec(row, position))
+        rows_btd = _rows(weight(self.table_vd), tokens_bt, PartitionSpec(row, position, width))
         return self.settings.scatter(rows_btd.astype(self.settings.compute_dtype))
 
     def logits(self, x_bad: jax.Array) -> jax.Array:

@@ -108,7 +108,7 @@ def plan_heads(architecture: Architecture, tensor: int) -> HeadPlan:
 def parameter_table(
     architecture: Architecture, rules: AxisRules, mesh_sizes: Mapping[str, int]
 ) -> dict[str, Parameter]:
-    """Return every parameter of the model by path, laid out for a mesh of `mesh_sizes` (axis name → size).
+    """Return every parameter of the model by path, laid out for a mesh of `mesh_sizes` (axis name → size; else 1).
 
     Raises `UserError` where a size can be neither divided nor padded; it lists the valid sizes.
     """
@@ -116,7 +116,7 @@ def parameter_table(
     if plan.copies > 1:
         rules = rules.with_params(k=None)
     letters = {
-        "l": AxisPadding.none(architecture.layers),
+        "l": _round_up(architecture.layers, _ways("l", rules.params, mesh_sizes)),
         "d": AxisPadding.none(architecture.width),
         "h": AxisPadding.none(architecture.head_width),
         "n": plan.query,
@@ -125,6 +125,7 @@ def parameter_table(
         "v": _round_up(architecture.vocabulary, _ways("v", rules.params, mesh_sizes)),
     }
     _check_width(architecture.width, rules, mesh_sizes)
+    _check_layers(architecture.layers, rules, mesh_sizes)
     return {
         path: Parameter(
             axes,
@@ -142,7 +143,7 @@ def parameter_table(
 
 def _ways(letter: str, table: Mapping[str, MeshAxes], mesh_sizes: Mapping[str, int]) -> int:
     """Return into how many pieces the mesh splits an axis."""
-    return prod(mesh_sizes[axis] for axis in _mesh_axes(letter, table))
+    return prod(mesh_sizes.get(axis, 1) for axis in _mesh_axes(letter, table))
 
 
 def _mesh_axes(letter: str, table: Mapping[str, MeshAxes]) -> tuple[str, ...]:
@@ -162,3 +163,9 @@ def _check_width(width: int, rules: AxisRules, mesh_sizes: Mapping[str, int]) ->
             f"model width d={width} doesn't divide over mesh.{names}={ways}, and a norm's axis can't be padded;"
             f" valid sizes of mesh.{names}: {valid}"
         )
+
+
+def _check_layers(layers: int, rules: AxisRules, mesh_sizes: Mapping[str, int]) -> None:
+    stages, names = _ways("l", rules.params, mesh_sizes), "×".join(_mesh_axes("l", rules.params))
+    if stages > layers:
+        raise UserError(f"mesh.{names}={stages} is more than the {layers} layers of the model; give at most {layers}")

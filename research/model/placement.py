@@ -111,8 +111,8 @@ def place(key: str, logical: np.ndarray, table: Table, mesh: Mesh) -> jax.Array:
     assert parameter is not None
     shape = _padded_shape(logical.shape, parameter)
     found = layout(key, shape, table)
-    # A scale of a padded channel is 1, as calibration gives it to zeros; everything else is padded with zeros.
-    padded = np.asarray(found.padding.pad(logical, fill=1 if key.endswith("/scale") else 0))
+    # A scale of padding is 1, as calibration gives it to zeros; everything else is padded with zeros.
+    padded = np.asarray(found.padding.pad(logical, fill=1 if key.endswith("scale") else 0))
     return jax.make_array_from_callback(shape, NamedSharding(mesh, found.spec), lambda index: padded[index])
 
 

@@ -14,13 +14,27 @@ def explicit(spec: PartitionSpec) -> PartitionSpec | None:
     return spec if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types else None
 
 
+def free(spec: PartitionSpec) -> PartitionSpec:
+    """Return `spec` without the mesh axes over which the program is already written per device (`per_device`)."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return spec
+
+    def left(entry: Any) -> Any:
+        if isinstance(entry, tuple):
+            return tuple(axis for axis in entry if axis not in manual) or None
+        return None if entry in manual else entry
+
+    return PartitionSpec(*map(left, spec))
+
+
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
 
     On Explicit mesh axes nothing moves: an `x` of another sharding raises.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, free(spec))
 
 
 def ways_of(entry: str | tuple[str, ...] | None) -> int:
@@ -54,17 +68,32 @@ def split(parts: Any, spec: PartitionSpec) -> Any:
     return jax.tree.map(move, parts)
 
 
-def per_device(function: Callable[..., Any], inputs: Sequence[PartitionSpec], outputs: Any) -> Callable[..., Any]:
+def whole_layers(weights: Any) -> Any:
+    """Return stacked weights as a scan over their leading axis takes them: whole in it, where sharding is a type."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(x, PartitionSpec(None, *jax.typeof(x).sharding.spec[1:]))
+
+    return weights if explicit(PartitionSpec()) is None else jax.tree.map(whole, weights)
+
+
+def per_device(
+    function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, axes: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """Return `function` as each device of the mesh in context calls it, with what it holds; itself if there is none.
 
-    `inputs`, `outputs`: shardings of the arguments, and of what is returned. An argument may be a tree of arrays.
+    `inputs`, `outputs`: shardings of the arguments, and of what is returned; of an argument that is a tree a sharding
+    for all its leaves. `axes`: mesh axes that it is about, all if None; over the others arrays stay whole and the
+    compiler splits them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
-    mapped = jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
+    names = set(mesh.axis_names if axes is None else axes) - set(mesh.manual_axes)
+    inputs, outputs = jax.tree.map(free, (tuple(inputs), outputs))
+    mapped = jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=names, check_vma=False)
 
     def call(*arguments: Any) -> Any:
         return mapped(*(jax.tree.map(partial(place, spec=spec), x) for x, spec in zip(arguments, inputs, strict=True)))
 
-    return call
+    return call if axes is None else mapped

@@ -12,6 +12,8 @@ from research.axes import AxisRules
 from research.model.attention import Sight, in_order, mutual
 from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation
 from research.model.parameters import parameter_table, plan_heads
+from research.model.pipeline import through_stages
+from research.model.sharding import whole_layers
 from research.quant.policy import Policy
 
 
@@ -40,23 +42,27 @@ class Transformer(nnx.Module):
         of this call are written at index `start`.
         """
         settings = self.settings
-        rotation = make_rotation(settings.architecture, position_bt)
         graph, weights = nnx.split(self.layers)
         start = jnp.asarray(start, jnp.int32)
 
-        # The cache is carried, not scanned over: what is scanned over is copied, and a step writes one token of it.
-        def layer(carry: tuple[jax.Array, Cache | None], scanned: tuple[Any, jax.Array]):
-            (x_btd, cache), (weights, index) = carry, scanned
-            x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, sight, cache, Slot(index, start))
-            return (settings.scatter(x_btd), cache), None
+        def layers(weights: Any, x_btd: jax.Array, rows: tuple[jax.Array, Sight], cache: Cache | None):
+            position_bt, sight = rows
+            rotation = make_rotation(settings.architecture, position_bt)
 
-        (x_btd, cache), _ = jax.lax.scan(
-            _rematerialize(layer, settings.rematerialize),
-            (self.embed(tokens_bt), cache),
-            (nnx.as_pure(weights), jnp.arange(settings.architecture.layers, dtype=jnp.int32)),
-            unroll=settings.unroll,
-        )
-        return settings.constrain(self.norm(x_btd), "btd"), cache
+            # The cache is carried, not scanned over: what is scanned over is copied, and a step writes one token of it.
+            def layer(carry: tuple[jax.Array, Cache | None], scanned: tuple[Any, jax.Array]):
+                (x_btd, cache), (weights, index) = carry, scanned
+                x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, sight, cache, Slot(index, start))
+                return (settings.scatter(x_btd), cache), None
+
+            numbers = jnp.arange(len(jax.tree.leaves(weights)[0]), dtype=jnp.int32)
+            scanned = (whole_layers(weights), numbers)
+            layer = _rematerialize(layer, settings.rematerialize)
+            return jax.lax.scan(layer, (x_btd, cache), scanned, unroll=settings.unroll)[0]
+
+        x_btd, rows, spec = self.embed(tokens_bt), (position_bt, sight), settings.rules.residual("b")
+        x_btd, cache = through_stages(layers, nnx.as_pure(weights), x_btd, rows, cache, spec)
+        return settings.constrain(self.norm(settings.scatter(x_btd)), "btd"), cache
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return float32 logits [b, a, v] of hidden states [b, a, d]; -inf at the vocabulary's padding."""
@@ -83,10 +89,12 @@ def make_settings(
 ) -> Settings:
     """Return the settings of a model on a mesh of `mesh_sizes` (axis name → size; None: one device)."""
     rules = rules or AxisRules()
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh_sizes or {})
+    sizes = mesh_sizes or {}
     table = parameter_table(architecture, rules, sizes)
     activations = {path: policy.activation(path) for path in table} if policy else {}
-    return Settings(architecture, plan_heads(architecture, sizes["tensor"]), rules, table, activations, **options)
+    return Settings(
+        architecture, plan_heads(architecture, sizes.get("tensor", 1)), rules, table, activations, **options
+    )
 
 
 def graph_of(settings: Settings) -> nnx.GraphDef:

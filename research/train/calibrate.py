@@ -63,12 +63,13 @@ def _ranges(
         seen = see(state.params, batch.tokens_bt, batch.position_bt, segments_of(batch))
         real_b = (rows.branch_bt >= 0).any(axis=1)
         for path, ranges in seen.items():
-            found.setdefault(path, []).append(np.asarray(ranges)[..., real_b])
+            layers = setup.table[path].padding.logical[:1] if path.startswith("layers/") else ()
+            found.setdefault(path, []).append(np.asarray(ranges)[*map(slice, layers), ..., real_b])
     return {path: np.concatenate(parts, axis=-1) for path, parts in found.items()}
 
 
 def _scale(form: Format, ranges: np.ndarray | None) -> np.ndarray:
-    """Return a static scale, float32 of the format's shape; 1 for a table that is looked up, and never multiplied."""
+    """Return a static scale, float32 of the format's shape without padding; 1 for a table that is only looked up."""
     assert form.input_scale_shape is not None
     if ranges is None:
         return np.ones(form.input_scale_shape, np.float32)
@@ -77,4 +78,4 @@ def _scale(form: Format, ranges: np.ndarray | None) -> np.ndarray:
             f"{form.path}: the calibration of activation={form.rule.activation!r} met inputs that are not finite; try"
             " train.compute_dtype=float32, or another foundation"
         )
-    return static_scale(statistic_of(form.rule.activation), ranges).reshape(form.input_scale_shape)
+    return static_scale(statistic_of(form.rule.activation), ranges).reshape(-1, *form.input_scale_shape[1:])

@@ -28,6 +28,7 @@ from research.plot import plot_loss
 from research.processes import first_alone, from_first
 from research.report import (
     cost_footer,
+    describe_pipeline,
     describe_positions,
     next_commands,
     print_commands,
@@ -117,6 +118,8 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     setup = setup_of(experiment, start.architecture, mesh)
     if whole := describe_positions(experiment.task.lengths, mesh.shape):
         say(console, "Positions", whole)
+    if stages := describe_pipeline(experiment.train.batch_size // experiment.train.accumulate, mesh.shape):
+        say(console, "Pipeline", stages)
     return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 

@@ -1,0 +1,93 @@
+"""A pipeline: each device of `stage` holds some of the layers, and pieces of a batch pass through, one after the other.
+
+At tick τ stage s works on piece τ - s and hands it on (GPipe, Huang et al. 2019); the backward pass runs the same way
+back. In the first and the last `stages - 1` ticks some stages have no piece: they compute, and nobody reads it. That
+bubble is (stages - 1) / (pieces + stages - 1) of the ticks.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from research.model.sharding import constrain, per_device, ways_of
+
+AXIS = "stage"
+_PIECES_PER_STAGE = 4  # at most: the bubble is then a fifth, and smaller products are slower ones
+
+Layers = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
+"""(weights, each with a leading `l`; x_btd; what belongs to its rows; cache of these layers) → (x_btd, cache)."""
+
+
+def count_pieces(rows: int, stages: int) -> int:
+    """Return into how many pieces a batch is cut that has so many rows on each device of a stage."""
+    return max(pieces for pieces in range(1, min(rows, _PIECES_PER_STAGE * stages) + 1) if rows % pieces == 0)
+
+
+def bubble(pieces: int, stages: int) -> float:
+    """Return the share of a stage's time in which it has no piece."""
+    return (stages - 1) / (pieces + stages - 1)
+
+
+def through_stages(
+    layers: Layers, weights: Any, x_btd: jax.Array, rows: Any, cache: Any, spec: PartitionSpec
+) -> tuple[jax.Array, Any]:
+    """Return what `layers` makes of all rows, by stages; `layers` itself where there is one stage.
+
+    `rows`: tree of arrays [b, …] that go with the rows of `x_btd`. `cache`: None, or of all layers; then the rows are
+    one piece. `spec`: sharding of the rows, but for `stage`.
+    """
+    stages = ways_of(AXIS)
+    if stages == 1:
+        return layers(weights, x_btd, rows, cache)
+    ways = ways_of(spec[0])
+    pieces = count_pieces(len(x_btd) // ways, stages) if cache is None else 1
+    cut = partial(_cut, ways=ways, pieces=pieces, spec=spec)
+    # Each stage has a place for the pieces that enter; only those of the first are read, and only it has them.
+    entering = jnp.pad(cut(x_btd), ((0, (stages - 1) * pieces), *[(0, 0)] * 3))
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    run = per_device(partial(_stage, layers, stages), (split, split, whole, split), (split, split), [AXIS])
+    left, cache = run(weights, entering, jax.tree.map(cut, rows), cache)
+    return _joined(left[-pieces:], ways, spec), cache
+
+
+def _stage(
+    layers: Layers, stages: int, weights: Any, entering: jax.Array, rows: Any, cache: Any
+) -> tuple[jax.Array, Any]:
+    """Run one stage; return the pieces that leave it, in order, and the cache of its layers."""
+    stage, pieces = jax.lax.axis_index(AXIS), len(entering)
+
+    def tick(state: tuple[jax.Array, Any], now: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        received, cache = state
+        number = jnp.clip(now - stage, 0, pieces - 1)
+        x_btd = jnp.where(stage == 0, entering[jnp.minimum(now, pieces - 1)], received)
+        # With a cache there is one piece: what a stage writes before it comes is written over when it does.
+        x_btd, cache = layers(weights, x_btd, jax.tree.map(lambda x: x[number], rows), cache)
+        handed_on = jax.lax.ppermute(x_btd, AXIS, [(i, i + 1) for i in range(stages - 1)])
+        return (handed_on, cache), x_btd
+
+    ticks = jnp.arange(pieces + stages - 1)
+    (_, cache), left = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), cache), ticks)
+    return left[stages - 1 :], cache
+
+
+def _cut(x: jax.Array, ways: int, pieces: int, spec: PartitionSpec) -> jax.Array:
+    """Return [b, …] as [piece, b of a piece, …]: of each device's rows a share, so that none moves between devices."""
+    b, *rest = x.shape
+    x = _with_rows(x, spec)
+    return x.reshape(ways, pieces, -1, *rest).swapaxes(0, 1).reshape(pieces, b // pieces, *rest)
+
+
+def _joined(x: jax.Array, ways: int, spec: PartitionSpec) -> jax.Array:
+    """Return pieces as rows. Inverse of `_cut`."""
+    pieces, _, *rest = x.shape
+    x = x.reshape(pieces, ways, -1, *rest).swapaxes(0, 1)
+    return _with_rows(x.reshape(-1, *rest), spec)
+
+
+def _with_rows(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `x` with its rows split as `spec` says, and the other axes as they are."""
+    return constrain(x, PartitionSpec(spec[0], *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
