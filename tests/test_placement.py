@@ -1,5 +1,7 @@
 """Where arrays lie: everything that is shaped like a parameter is padded and split like it."""
 
+from dataclasses import replace
+
 import jax
 import ml_dtypes
 import numpy as np
