@@ -212,7 +212,7 @@ def test_overrides_are_applied_together() -> None:
             "2",
             "--config.zzz: no such field; valid: checkpoint, evaluation, fold, foundation, kv_cache, logging, ",
         ),
-        ("mesh", "4", "--config.mesh: has no value of its own; set one of its fields: mesh.replica, mesh.data, "),
+        ("mesh", "4", "--config.mesh: has no value of its own; set one of its fields: mesh.replica, mesh.stage, "),
         ("quantization", "int8", "--config.quantization: has no value of its own; set one of its fields: quantizat"),
         ("quantization.2.weight", "x", "--config.quantization.2.weight: no such field; did you mean 'quantization."),
         ("mesh.tensor", "two", "--config.mesh.tensor=two: give an integer"),
