@@ -119,6 +119,14 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         time.sleep(0.01)
 
 
+def wait_until(condition: Callable[[], bool], explain: Callable[[], str]) -> None:
+    """Return when `condition` holds; fail with what `explain` says if it takes too long."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, explain()
+        time.sleep(0.05)
+
+
 def load(script: str) -> Any:
     """Return a script as a module."""
     path = ROOT / "scripts" / script

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,15 +10,12 @@ import jax
 import numpy as np
 import pytest
 from commands import Done, finish, make_project, run, start, wait_for
+from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, same_batches
 
 from research.errors import Lost, UserError
 from research.processes import first_alone, joined_processes, launch_of, require_one_process
-from research.run_folder import RunFolder, read_metrics
+from research.run_folder import RunFolder
 
-STEPS = 16
-UNTIL = f"--config.train.steps={STEPS}"
-WHOLE = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-JOB = ("finetune.py", "--config", "tiny.py", "--config.logging.tensorboard=false")
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
 
@@ -137,12 +133,6 @@ def test_a_folder_that_is_followed_stays_as_it_is(tmp_path) -> None:
 # --- real processes: two of four devices each
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def start_two(folder: Path, *arguments: str, by_slurm: bool = False) -> list[subprocess.Popen[str]]:
     """Start a script twice, by Slurm's variables or by JAX's own."""
     port = free_port()
@@ -153,21 +143,10 @@ def start_two(folder: Path, *arguments: str, by_slurm: bool = False) -> list[sub
     return [start(folder, *arguments, **env) for env in envs]
 
 
-def figures(path: Path, *names: str) -> np.ndarray:
-    """Return these numbers of every logged step."""
-    return np.array([[line[name] for name in names] for line in read_metrics(path)])
-
-
 def said(error: str) -> str:
     """Return the one line that is ours among those of the libraries, which gloo may write last."""
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     return line
-
-
-def same_batches(found: Path, wanted: Path) -> None:
-    """Tokens of a step tell its rows: every step once, and no example skipped or seen twice."""
-    names = ("step", "tokens", "answer_tokens")
-    np.testing.assert_array_equal(figures(found, *names), figures(wanted, *names))
 
 
 @pytest.fixture(scope="module")

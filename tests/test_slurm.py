@@ -1,0 +1,71 @@
+"""docs/cluster.md under a real Slurm: two tasks are the run of one process, and a requeued job goes on."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, Done, environment, make_project, run, wait_until
+from jobs import JOB, STEPS, UNTIL, WHOLE, figures, same_batches
+from slurm import cluster
+
+pytestmark = pytest.mark.slurm
+SCRIPT = f"""#!/bin/bash
+#SBATCH --ntasks=2 --requeue --signal=TERM@120 --output=job.log --open-mode=append
+srun --kill-on-bad-exit=1 {sys.executable} {ROOT}/scripts/finetune.py "$@" ${{SLURM_RESTART_COUNT:+--resume}}
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/one, of one process with eight devices."""
+    folder = make_project(tmp_path_factory.mktemp("jobs"))
+    run(folder, *JOB, *WHOLE, "--config.run=one", UNTIL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What a user of the cluster has in the environment."""
+    with cluster(tmp_path_factory.mktemp("cluster") / "slurm") as found:
+        yield environment(**found)
+
+
+def call(on_cluster: dict[str, str], folder: Path, *command: str) -> Done:
+    done = subprocess.run(command, env=on_cluster, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def test_two_tasks_are_the_run_of_one_process(project: Path, on_cluster: dict[str, str]) -> None:
+    script = str(ROOT / "scripts/finetune.py")
+    done = call(
+        on_cluster, project, "srun", "--ntasks=2", sys.executable, script, *JOB[1:], *WHOLE, "--config.run=two", UNTIL
+    )
+    one, two = project / "runs/one", project / "runs/two"
+    assert json.loads((two / "summary.json").read_text())["processes"] == 2, done
+    same_batches(two, one)
+    # As in test_processes: the sum of eight partial ones may be taken in another order.
+    np.testing.assert_allclose(figures(two, "loss", "grad_norm"), figures(one, "loss", "grad_norm"), rtol=1e-5)
+
+
+def test_a_requeued_job_goes_on(project: Path, on_cluster: dict[str, str]) -> None:
+    (project / "job.sh").write_text(SCRIPT)
+    arguments = (*JOB[1:], *WHOLE, "--config.run=again", f"--config.train.steps={4 * STEPS}")
+    job = call(on_cluster, project, "sbatch", "--parsable", "job.sh", *arguments).out.strip()
+    again = project / "runs/again"
+    wait_until(lambda: (again / "checkpoints/00000004").is_dir(), lambda: (project / "job.log").read_text())
+    call(on_cluster, project, "scontrol", "requeue", job)
+    # Slurm lets a requeued job wait; here nobody needs the time.
+    wait_until(lambda: b"PENDING" in _state(on_cluster, job), lambda: "never pending")
+    call(on_cluster, project, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_until(lambda: (again / "summary.json").exists(), lambda: (project / "job.log").read_text())
+    assert "Resume: from step " in (project / "job.log").read_text()
+    np.testing.assert_array_equal(figures(again, "step")[:, 0], np.arange(1, 4 * STEPS + 1))
+
+
+def _state(on_cluster: dict[str, str], job: str) -> bytes:
+    return subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], env=on_cluster, capture_output=True).stdout
