@@ -17,6 +17,7 @@ from research.config_file import load_experiment  # noqa: E402
 from research.errors import UserError, run_script  # noqa: E402
 from research.mesh import prepare_devices  # noqa: E402
 from research.processes import require_one_process  # noqa: E402
+from research.programs import keep_programs  # noqa: E402
 from research.report import make_console, print_result_line  # noqa: E402
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     require_one_process("compare.py")
     comparison = load_experiment(flags.config, flags.overrides, Comparison)
     prepare_devices(comparison.mesh)
+    keep_programs()
     console = make_console()
     if flags.sensitivity:
         budget_bytes = None if flags.budget is None else int(flags.budget * 2**20)

@@ -11,6 +11,7 @@ from research.errors import UserError, run_script
 from research.evaluate import evaluate_task, evaluate_text
 from research.mesh import prepare_devices
 from research.processes import Processes, joined_processes
+from research.programs import keep_programs
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_trained
 from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serving, with_overrides
@@ -45,6 +46,7 @@ def evaluate(flags: Namespace, processes: Processes) -> dict[str, Any]:
         opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
     experiment = _experiment(flags, opened.experiment if opened else None)
     prepare_devices(experiment.mesh, processes.count)
+    keep_programs()
     with serving(opened or flags.foundation, experiment, console) as served:
         if flags.text:
             return evaluate_text(served, flags.text, flags.window or 0, console)

@@ -14,6 +14,7 @@ from research.config import MeshConfig
 from research.errors import UserError, nearest, run_script
 from research.mesh import make_mesh, prepare_devices
 from research.processes import require_one_process
+from research.programs import keep_programs
 from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
 from research.setup import setup_of
@@ -76,6 +77,7 @@ def check_type(format: str, type: str | None) -> None:
 def write(opened: Opened, output: Path, format: str, type: str | None) -> tuple[str, ...]:
     """Write the export and return lines that say what it holds."""
     prepare_devices(MeshConfig())
+    keep_programs()
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     setup = setup_of(opened.experiment, opened.architecture, mesh)
     weights, model = opened.weights(setup), (opened.architecture, opened.tokenizer)

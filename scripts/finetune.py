@@ -11,6 +11,7 @@ from research.config_file import load_experiment  # noqa: E402
 from research.errors import run_script  # noqa: E402
 from research.mesh import prepare_devices  # noqa: E402
 from research.processes import joined_processes  # noqa: E402
+from research.programs import keep_programs  # noqa: E402
 from research.report import make_console  # noqa: E402
 from research.train.finetune import dry_run, finetune  # noqa: E402
 
@@ -28,6 +29,7 @@ def main() -> None:
     overrides = [f"--config.{name}={value}" for name, value in flags.overrides.items()]
     with joined_processes() as processes:
         prepare_devices(experiment.mesh, processes.count)
+        keep_programs()
         console = make_console(quiet=not processes.is_first)
         if flags.dry_run:
             dry_run(experiment, console)

@@ -13,6 +13,7 @@ from research.errors import UserError, run_script
 from research.mesh import prepare_devices
 from research.model.generate import Sampling, generate
 from research.processes import require_one_process
+from research.programs import keep_programs
 from research.report import make_console, say
 from research.train.dry_run import say_cache
 from research.train.open_run import open_trained
@@ -53,6 +54,7 @@ def write(flags: Namespace) -> None:
         experiment, may_change = opened.experiment, TO_GENERATE
     experiment = with_overrides(experiment, flags.overrides, may_change)
     prepare_devices(experiment.mesh)
+    keep_programs()
     with serving(opened or flags.foundation, experiment, console) as served:
         tokenizer, cut = served.tokenizer, False
         if opened and flags.task:

@@ -140,9 +140,8 @@ def finetune(
     with folder, jax.set_mesh(make_mesh(experiment.mesh)):
         job = prepare(experiment, console)
         describe_setup(job.setup, console, table=False)
-        foundation_ey = _score_foundation(job)
         trained = _train(job, folder, resume)
-        scores = {"foundation": foundation_ey, **_score_trained(job, folder, trained.state)}
+        scores = {"foundation": _score_foundation(job), **_score_trained(job, folder, trained.state)}
         if jax.process_index() == 0:
             _conclude(job, folder, trained, scores, started)
     print_commands(
@@ -350,6 +349,7 @@ def _conclude(job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str
             "foundation_source": job.foundation.source,
             "test_examples": len(test.prompts),
             "processes": jax.process_count(),
+            "first_step_seconds": trained.first_step and trained.first_step - started - job.download_seconds,
         },
         **costs,
     )

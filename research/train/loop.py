@@ -34,6 +34,8 @@ class Trained:
     """Tokens read by the model (padding not counted) over the time of the steps that compiled nothing; 0 if all did."""
     skipped: int
     """Steps that were left out for a non-finite gradient, by this process."""
+    first_step: float | None
+    """The `time.monotonic()` at which this process had done its first step; None if none was left."""
     stopped: bool
     """Whether SIGTERM or Ctrl-C ended it; the state is being saved then."""
 
@@ -58,7 +60,7 @@ def train(
     """
     first, last = int(state.step), experiment.train.steps
     speed = _Speed()
-    skipped, stopped = 0, False
+    skipped, stopped, first_step = 0, False, None
     with Progress(console, title, last, done=first) as progress, stop_requests() as stop_requested:
         for number in range(first, last):
             parts = batches[number]
@@ -67,6 +69,7 @@ def train(
             state, metrics = step(state, [put_batch(part, setup.mesh) for part in parts])
             values = jax.tree.map(float, jax.device_get(metrics))
             speed.add(parts, time.perf_counter() - started)
+            first_step = first_step or time.monotonic()
             skipped += _check_finite(values, number + 1, experiment.train.max_nonfinite)
             done = number + 1
             line = _line(values, speed)
@@ -83,7 +86,7 @@ def train(
                 save(state, line.get("validation_loss"))
             if stopped:
                 break
-    return Trained(state, speed.tokens_per_second, skipped, stopped)
+    return Trained(state, speed.tokens_per_second, skipped, first_step, stopped)
 
 
 def _due(done: int, every: int, last: int) -> bool:
