@@ -1,6 +1,8 @@
 """The shape of a Llama-architecture decoder, as plain numbers: what formats read and what the model is built from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from research.errors import UserError
 
@@ -20,6 +22,21 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertSizes:
+    """A mixture of experts in the place of every feed-forward layer; `feed_forward` is the size of one expert."""
+
+    experts: int  # e
+    chosen: int
+    """Experts that a token goes to."""
+    normalized: bool = True
+    """Whether the shares of a token's experts sum to 1."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chosen <= self.experts:
+            raise UserError(f"{self.chosen} experts a token of {self.experts}; give a number from 1 to all of them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Logical (unpadded) sizes of a decoder; one letter of the axis alphabet stands behind each."""
 
@@ -35,6 +52,7 @@ class Architecture:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tied_head: bool = True
+    experts: ExpertSizes | None = None
 
     def __post_init__(self) -> None:
         if self.query_heads % self.kv_heads:
@@ -46,3 +64,10 @@ class Architecture:
     def queries_per_kv(self) -> int:
         """Query heads that share one key/value head (g)."""
         return self.query_heads // self.kv_heads
+
+
+def architecture_from(stored: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of which `dataclasses.asdict` gave these fields."""
+    nested = {"rope_scaling": RopeScaling, "experts": ExpertSizes}
+    built = {name: kind(**stored[name]) for name, kind in nested.items() if stored.get(name)}
+    return Architecture(**{**stored, **dict.fromkeys(nested), **built})

@@ -1,7 +1,7 @@
 """The alphabet of axis letters, and the tables that say over which mesh axes each letter is split.
 
     b batch · t query position · s key position · d model width · n query heads · k key/value heads ·
-    g queries per kv head · h head width · f feed-forward width · v vocabulary · l layer · a answer position
+    g queries per kv head · h head width · f feed-forward width · v vocabulary · l layer · e expert · a answer position
 
 Variable names, einsum strings and sharding specs use the same letters, so that they can't disagree. Parameters and
 activations have a table each, because fsdp splits the `d` of a weight, but not the `d` of an activation; and so has the
@@ -14,11 +14,19 @@ from dataclasses import dataclass, field, replace
 
 from jax.sharding import PartitionSpec
 
-ALPHABET = frozenset("btsdnkghfvla")
+ALPHABET = frozenset("btsdnkghfvlea")
 MeshAxes = str | tuple[str, ...] | None
 
-PARAM: Mapping[str, MeshAxes] = {"l": "stage", "d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
-ROWS = ("replica", "data", "fsdp", "stage")
+PARAM: Mapping[str, MeshAxes] = {
+    "l": "stage",
+    "e": "expert",
+    "d": "fsdp",
+    "n": "tensor",
+    "k": "tensor",
+    "f": "tensor",
+    "v": "tensor",
+}
+ROWS = ("replica", "data", "fsdp", "expert", "stage")
 """Mesh axes over which the rows of a batch are split, but in the layers: there the stages share them."""
 ACTIVATION: Mapping[str, MeshAxes] = {
     "b": ROWS,

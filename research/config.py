@@ -77,6 +77,8 @@ class MeshConfig:
     """Like data, and the parameters are split as well."""
     context: int = 1
     """Ways in which the positions of a text are split, for long ones."""
+    expert: int = 1
+    """Like data, and the experts of a mixture are split, each expert whole."""
     tensor: int = 1
     """Ways in which every weight matrix is split (Megatron layout); between the products, positions are."""
 
@@ -331,6 +333,12 @@ class TrainConfig:
     """Answer positions whose logits exist at one time."""
     distill: float = 0.0
     """Share of the loss that is the divergence from the float foundation's predictions (forward KL); 0 = none."""
+    router_balance: float = 0.01
+    """Mixture of experts: weight of the loss that evens out how often experts are chosen; it is 1 where they are."""
+    router_z: float = 0.001
+    """Mixture of experts: weight of the loss that keeps the router's logits small."""
+    expert_capacity: float = 0.0
+    """Choices that an expert takes of a micro-batch, over its even share; the rest is dropped. 0 = all are taken."""
     zero: bool = False
     """Whether latents, moments and gradients are split over mesh.data, too (ZeRO); weights come back as codes."""
     max_nonfinite: int = 3
@@ -346,6 +354,8 @@ class TrainConfig:
             self.batch_size % self.accumulate == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate}",
         )
+        for name in ("router_balance", "router_z", "expert_capacity"):
+            require(0 <= getattr(self, name) < float("inf"), f"train.{name}={getattr(self, name)}: give 0 or more")
         require(0 <= self.distill <= 1, f"train.distill={self.distill}: give 0 (the task alone) to 1")
         for name in ("compute_dtype", "param_dtype"):
             require(getattr(self, name) in DTYPES, f"train.{name}={getattr(self, name)!r}: give one of {DTYPES}")

@@ -16,7 +16,7 @@ from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
 from research.model.attention import Segments, ring_order
 from research.model.layers import Settings
-from research.model.parameters import Parameter
+from research.model.parameters import ROUTER, Parameter
 from research.model.transformer import graph_of, make_settings
 from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
@@ -74,8 +74,32 @@ def make_setup(
         compute_dtype=train.compute_dtype,
         rematerialize=train.rematerialize,
         unroll=train.unroll,
+        capacity_factor=train.expert_capacity,
     )
+    _check_experts(settings, formats, sizes)
     return Setup(mesh, settings, policy, formats, graph_of(settings), train)
+
+
+def _check_experts(settings: Settings, formats: Mapping[str, Format], sizes: Mapping[str, int]) -> None:
+    """Raise `UserError` for what a mixture of experts can't be asked for."""
+    paths = [path for path, parameter in settings.table.items() if "e" in parameter.axes and path != ROUTER]
+    kinds = {path: settings.activations.get(path, "none") for path in paths}
+    for path, kind in kinds.items():
+        form = formats.get(path)
+        grouped = form is not None and form.granularity.startswith("group:")
+        if kind not in ("none", "int8") or (kind == "int8" and grouped):
+            asked = f"activation={kind!r} with granularity={form.granularity!r}" if form else f"activation={kind!r}"
+            raise UserError(
+                f"{path}: {asked} is not to be had for experts; take activation='int8' with granularity='channel',"
+                " or activation='none'"
+            )
+    if len({kinds[path] for path in paths if path.endswith("_edf")}) > 1:
+        raise UserError("layers/mlp/gate_edf and up_edf read one input; give their rules the same activation")
+    if settings.capacity_factor and settings.architecture.experts and sizes["stage"] > 1:
+        raise UserError(
+            f"train.expert_capacity={settings.capacity_factor} counts the tokens of a whole micro-batch, and"
+            f" mesh.stage={sizes['stage']} passes it in pieces; leave one of them out"
+        )
 
 
 def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:

@@ -53,7 +53,9 @@ class Recorder:
         self.batches.append([float(part.tokens_bt[0, 0]) for part in parts])
         self._in_a_row = self._in_a_row + 1 if number in self.nonfinite else 0
         loss = math.nan if self._in_a_row else 10.0 - number
-        values = StepMetrics(*(np.float32(x) for x in (loss, 0, 24, 1.5, 1e-3)), np.int32(self._in_a_row), {"w": 0.25})
+        values = StepMetrics(
+            *(np.float32(x) for x in (loss, 0, 24, 1.5, 1e-3)), np.int32(self._in_a_row), {"w": 0.25}, {}
+        )
         return TrainState(np.int32(number), None, None), values
 
     def append(self, step: int, values: dict[str, Any]) -> None:

@@ -44,6 +44,14 @@ def leaf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp/up_df": (a.width, a.feed_forward),
         "mlp/down_fd": (a.feed_forward, a.width),
     }
+    if a.experts:
+        e = a.experts.experts
+        per_layer = {name: shape for name, shape in per_layer.items() if not name.startswith("mlp/")} | {
+            "mlp/router_de": (a.width, e),
+            "mlp/gate_edf": (e, a.width, a.feed_forward),
+            "mlp/up_edf": (e, a.width, a.feed_forward),
+            "mlp/down_efd": (e, a.feed_forward, a.width),
+        }
     shapes: dict[str, tuple[int, ...]] = {"embed/table_vd": (a.vocabulary, a.width)}
     shapes |= {f"layers/{name}": (a.layers, *shape) for name, shape in per_layer.items()}
     shapes["norm/scale_d"] = (a.width,)

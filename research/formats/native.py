@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, architecture_from
 from research.errors import UserError
 from research.formats.huggingface_config import read_json
 from research.formats.model_source import ModelSource, leaf_shapes
@@ -311,8 +311,7 @@ def _architecture(file: Path, stored: dict[str, Any]) -> Architecture:
     unknown = set(stored) - {entry.name for entry in fields(Architecture)}
     if unknown:
         raise UserError(f"{file}: architecture has {min(unknown)!r}, unknown to this program; update it")
-    scaling = stored.get("rope_scaling")
-    return Architecture(**{**stored, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+    return architecture_from(stored)
 
 
 def _sha256(file: Path) -> str:

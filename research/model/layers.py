@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.axes import AxisRules
 from research.model.attention import How, Sight, attend, attend_to_cache
+from research.model.experts import Mix, RouterSums, capacity, make_mix, mix, route
 from research.model.inputs import Input, prepare
 from research.model.parameters import HeadPlan, Parameter
 from research.model.product import Route
@@ -42,6 +43,7 @@ class Settings:
     compute_dtype: str = "float32"
     rematerialize: str = "none"
     unroll: int = 1
+    capacity_factor: float = 0.0
 
     def param(self, path: str, rngs: nnx.Rngs) -> nnx.Param:
         """Return the parameter at `path` with its sharding: ones for norms, else normal of std 1/√fan-in; padding 0."""
@@ -94,8 +96,11 @@ class Settings:
         how = Input(kinds.pop(), (2,), x_btd.dtype, dtype, self.residual(t), self.spec("btd", t))
         return prepare(how, x_btd, None)
 
-    def product(self, path: str, subscripts: str, x: Weight, param: nnx.Param) -> jax.Array:
-        """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
+    def product(self, path: str, subscripts: str, x: Weight, param: nnx.Param, dtype: str | None = None) -> jax.Array:
+        """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here.
+
+        In `dtype`, by default `compute_dtype`.
+        """
         factors, result = subscripts.split("->")
         x_axes, w_axes = factors.split(",")
         t = (x.codes if isinstance(x, Quantized) else x).shape[1]
@@ -110,8 +115,8 @@ class Settings:
             w_used=self.spec(w_axes),
             y=lies(result),
         )
-        activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
-        return einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, route=route)
+        activation, kind = self.activations.get(path, "none"), jnp.dtype(dtype or self.compute_dtype)
+        return einsum(subscripts, x, weight(param), activation=activation, dtype=kind, route=route)
 
 
 def weight(param: nnx.Param) -> Weight:
@@ -260,22 +265,71 @@ class MLP(nnx.Module):
         return product(f"{self.path}/down_fd", "btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd)
 
 
+class Experts(nnx.Module):
+    """Mixture of gated feed-forward layers (see `experts.py`)."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.settings, self.path = settings, path
+        self.router_de = settings.param(f"{path}/router_de", rngs)
+        self.gate_edf = settings.param(f"{path}/gate_edf", rngs)
+        self.up_edf = settings.param(f"{path}/up_edf", rngs)
+        self.down_efd = settings.param(f"{path}/down_efd", rngs)
+
+    def __call__(self, x_btd: jax.Array, real_bt: jax.Array) -> tuple[jax.Array, RouterSums]:
+        """Return [b, t, d], and what the router's losses are made of; `real_bt`: which tokens are no padding."""
+        settings, t, sizes = self.settings, x_btd.shape[1], self.settings.architecture.experts
+        assert sizes is not None
+        # Float32: a router that rounds sends tokens elsewhere.
+        logits_bte = settings.product(
+            f"{self.path}/router_de", "btd,de->bte", x_btd.astype(jnp.float32), self.router_de, dtype="float32"
+        )
+        routing, sums = route(sizes, logits_bte, real_bt, settings.capacity_factor)
+        x = settings.share((f"{self.path}/gate_edf", f"{self.path}/up_edf"), x_btd)
+        weights = (weight(param) for param in (self.gate_edf, self.up_edf, self.down_efd))
+        mixed_btd: jax.Array = mix(self._how(sizes, real_bt.size, t), x, routing, *weights)
+        return mixed_btd, sums
+
+    def _how(self, sizes: ExpertSizes, tokens: int, t: int) -> Mix:
+        settings = self.settings
+        inner = settings.spec("f")[0]
+
+        def places(name: str) -> tuple[PartitionSpec, PartitionSpec]:
+            lies = PartitionSpec(*settings.table[f"{self.path}/{name}"].spec[1:])  # inside a layer, without its `l`
+            return lies, PartitionSpec(lies[0], *(inner if letter == "f" else None for letter in name[-2:]))
+
+        limit = None
+        if settings.capacity_factor:
+            limit = capacity(sizes, tokens, settings.capacity_factor) * sizes.experts // ways_of("expert")
+        return make_mix(
+            settings.activations.get(f"{self.path}/down_efd", "none"),
+            jnp.dtype(settings.compute_dtype),
+            settings.spec("btd", t),
+            places("gate_edf"),
+            places("down_efd"),
+            limit,
+        )
+
+
 class Block(nnx.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). Its parameters carry a leading `l`."""
 
     def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.settings = settings
         self.attention_norm = RMSNorm(settings, f"{path}/attention_norm", rngs)
         self.attention = Attention(settings, f"{path}/attention", rngs)
         self.mlp_norm = RMSNorm(settings, f"{path}/mlp_norm", rngs)
-        self.mlp = MLP(settings, f"{path}/mlp", rngs)
+        self.mlp = (Experts if settings.architecture.experts else MLP)(settings, f"{path}/mlp", rngs)
 
     def __call__(
         self, x_btd: jax.Array, rotation: "Rotation", sight: Sight, cache: Cache | None, slot: "Slot"
-    ) -> tuple[jax.Array, Cache | None]:
-        """Return the residual stream [b, t, d] after the layer, and its cache."""
+    ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
+        """Return the residual stream [b, t, d] after the layer, its cache, and the sums of its router if it has one."""
         attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, sight, cache, slot)
         x_btd = x_btd + attended_btd
-        return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
+        if isinstance(self.mlp, MLP):
+            return x_btd + self.mlp(self.mlp_norm(x_btd)), cache, None
+        mixed_btd, sums = self.mlp(self.mlp_norm(x_btd), sight.queries.branch_bt >= 0)
+        return x_btd + self.settings.scatter(mixed_btd), cache, sums
 
 
 Rotation = tuple[jax.Array, jax.Array]  # cos, sin, each [b, t, h/2], float32

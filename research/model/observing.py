@@ -54,7 +54,7 @@ def observe(
     sight = mutual(segments)
 
     def layer(x_btd: jax.Array, weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, sight, None, Slot(jnp.int32(0), jnp.int32(0)))
+        x_btd, *_ = nnx.merge(graph, weights)(x_btd, rotation, sight, None, Slot(jnp.int32(0), jnp.int32(0)))
         return settings.scatter(x_btd), dict(seen)
 
     x_btd, stacked = jax.lax.scan(layer, model.embed(tokens_bt), nnx.as_pure(layers))

@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from research.architecture import Architecture
+from research.architecture import Architecture, ExpertSizes
 from research.axes import AxisRules, MeshAxes
 from research.errors import UserError
 from research.padding import AxisPadding, Padding
@@ -38,7 +38,8 @@ class Parameter:
     @property
     def leaf(self) -> Leaf:
         """What the quantization policy needs to know."""
-        return Leaf(self.axes, self.contract, self.padding.logical, self.latent_shards, self.padding)
+        is_router = self.axes == TABLE_OF_EXPERTS[ROUTER][0]
+        return Leaf(self.axes, self.contract, self.padding.logical, self.latent_shards, self.padding, is_router)
 
 
 # path: (axes, contracted axes)
@@ -56,6 +57,19 @@ TABLE = {
     "norm/scale_d": ("d", ""),
     "head/table_vd": ("vd", "d"),
 }
+ROUTER = "layers/mlp/router_de"
+TABLE_OF_EXPERTS = {path: axes for path, axes in TABLE.items() if not path.startswith("layers/mlp/")} | {
+    ROUTER: ("lde", "d"),
+    "layers/mlp/gate_edf": ("ledf", "d"),
+    "layers/mlp/up_edf": ("ledf", "d"),
+    "layers/mlp/down_efd": ("lefd", "f"),
+}
+
+
+def table_of(architecture: Architecture) -> Mapping[str, tuple[str, str]]:
+    """Return axes and contracted axes of each parameter of a model, by path."""
+    table = TABLE_OF_EXPERTS if architecture.experts else TABLE
+    return {path: axes for path, axes in table.items() if path != "head/table_vd" or not architecture.tied_head}
 
 
 @dataclass(frozen=True)
@@ -123,9 +137,11 @@ def parameter_table(
         "k": plan.kv,
         "f": _round_up(architecture.feed_forward, _ways("f", rules.params, mesh_sizes)),
         "v": _round_up(architecture.vocabulary, _ways("v", rules.params, mesh_sizes)),
+        "e": AxisPadding.none(architecture.experts.experts if architecture.experts else 1),
     }
     _check_width(architecture.width, rules, mesh_sizes)
     _check_layers(architecture.layers, rules, mesh_sizes)
+    _check_experts(architecture.experts, rules, mesh_sizes)
     return {
         path: Parameter(
             axes,
@@ -136,8 +152,7 @@ def parameter_table(
             rules.latent(axes),
             tuple(_ways(letter, rules.latents, mesh_sizes) for letter in axes),
         )
-        for path, (axes, contract) in TABLE.items()
-        if path != "head/table_vd" or not architecture.tied_head
+        for path, (axes, contract) in table_of(architecture).items()
     }
 
 
@@ -169,3 +184,12 @@ def _check_layers(layers: int, rules: AxisRules, mesh_sizes: Mapping[str, int]) 
     stages, names = _ways("l", rules.params, mesh_sizes), "×".join(_mesh_axes("l", rules.params))
     if stages > layers:
         raise UserError(f"mesh.{names}={stages} is more than the {layers} layers of the model; give at most {layers}")
+
+
+def _check_experts(sizes: ExpertSizes | None, rules: AxisRules, mesh_sizes: Mapping[str, int]) -> None:
+    ways, names = _ways("e", rules.params, mesh_sizes), "×".join(_mesh_axes("e", rules.params))
+    if sizes is None and ways > 1:
+        raise UserError(f"mesh.{names}={ways}, but the model has no experts; give mesh.{names}=1, or mesh.data={ways}")
+    if sizes is not None and sizes.experts % ways:
+        valid = ", ".join(str(size) for size in range(1, sizes.experts + 1) if sizes.experts % size == 0)
+        raise UserError(f"{sizes.experts} experts don't divide over mesh.{names}={ways}; valid sizes: {valid}")

@@ -18,8 +18,11 @@ from research.model.sharding import constrain, per_device, ways_of
 AXIS = "stage"
 _PIECES_PER_STAGE = 4  # at most: the bubble is then a fifth, and smaller products are slower ones
 
-Layers = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
-"""(weights, each with a leading `l`; x_btd; what belongs to its rows; cache of these layers) → (x_btd, cache)."""
+Layers = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
+"""(weights, each with a leading `l`; x_btd; what belongs to its rows; cache of these layers) → (x_btd, cache, sums).
+
+Sums over the rows, with a leading `l`: those of pieces are added up.
+"""
 
 
 def count_pieces(rows: int, stages: int) -> int:
@@ -34,7 +37,7 @@ def bubble(pieces: int, stages: int) -> float:
 
 def through_stages(
     layers: Layers, weights: Any, x_btd: jax.Array, rows: Any, cache: Any, spec: PartitionSpec
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Any]:
     """Return what `layers` makes of all rows, by stages; `layers` itself where there is one stage.
 
     `rows`: tree of arrays [b, …] that go with the rows of `x_btd`. `cache`: None, or of all layers; then the rows are
@@ -49,29 +52,30 @@ def through_stages(
     # Each stage has a place for the pieces that enter; only those of the first are read, and only it has them.
     entering = jnp.pad(cut(x_btd), ((0, (stages - 1) * pieces), *[(0, 0)] * 3))
     split, whole = PartitionSpec(AXIS), PartitionSpec()
-    run = per_device(partial(_stage, layers, stages), (split, split, whole, split), (split, split), [AXIS])
-    left, cache = run(weights, entering, jax.tree.map(cut, rows), cache)
-    return _joined(left[-pieces:], ways, spec), cache
+    run = per_device(partial(_stage, layers, stages), (split, split, whole, split), (split, split, split), [AXIS])
+    left, cache, sums = run(weights, entering, jax.tree.map(cut, rows), cache)
+    return _joined(left[-pieces:], ways, spec), cache, sums
 
 
 def _stage(
     layers: Layers, stages: int, weights: Any, entering: jax.Array, rows: Any, cache: Any
-) -> tuple[jax.Array, Any]:
-    """Run one stage; return the pieces that leave it, in order, and the cache of its layers."""
+) -> tuple[jax.Array, Any, Any]:
+    """Run one stage; return the pieces that leave it, in order, and the cache and the sums of its layers."""
     stage, pieces = jax.lax.axis_index(AXIS), len(entering)
 
-    def tick(state: tuple[jax.Array, Any], now: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+    def tick(state: tuple[jax.Array, Any], now: jax.Array) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, Any]]:
         received, cache = state
         number = jnp.clip(now - stage, 0, pieces - 1)
         x_btd = jnp.where(stage == 0, entering[jnp.minimum(now, pieces - 1)], received)
         # With a cache there is one piece: what a stage writes before it comes is written over when it does.
-        x_btd, cache = layers(weights, x_btd, jax.tree.map(lambda x: x[number], rows), cache)
+        x_btd, cache, sums = layers(weights, x_btd, jax.tree.map(lambda x: x[number], rows), cache)
+        sums = jax.tree.map(lambda x: jnp.where(now - stage == number, x, 0), sums)  # of a real piece
         handed_on = jax.lax.ppermute(x_btd, AXIS, [(i, i + 1) for i in range(stages - 1)])
-        return (handed_on, cache), x_btd
+        return (handed_on, cache), (x_btd, sums)
 
     ticks = jnp.arange(pieces + stages - 1)
-    (_, cache), left = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), cache), ticks)
-    return left[stages - 1 :], cache
+    (_, cache), (left, sums) = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), cache), ticks)
+    return left[stages - 1 :], cache, jax.tree.map(lambda x: x.sum(axis=0), sums)
 
 
 def _cut(x: jax.Array, ways: int, pieces: int, spec: PartitionSpec) -> jax.Array:

@@ -94,6 +94,6 @@ def per_device(
     mapped = jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=names, check_vma=False)
 
     def call(*arguments: Any) -> Any:
-        return mapped(*(jax.tree.map(partial(place, spec=spec), x) for x, spec in zip(arguments, inputs, strict=True)))
+        return mapped(*jax.tree.map(lambda spec, x: jax.tree.map(partial(place, spec=spec), x), inputs, arguments))
 
     return call if axes is None else mapped

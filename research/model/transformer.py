@@ -10,6 +10,7 @@ from flax import nnx
 from research.architecture import Architecture
 from research.axes import AxisRules
 from research.model.attention import Sight, in_order, mutual
+from research.model.experts import RouterSums
 from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation
 from research.model.parameters import parameter_table, plan_heads
 from research.model.pipeline import through_stages
@@ -36,7 +37,18 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
-        """Return the normed hidden states [b, t, d] and the cache.
+        """Return the normed hidden states [b, t, d] and the cache; arguments as in `run`."""
+        return self.run(tokens_bt, position_bt, sight, cache, start)[:2]
+
+    def run(
+        self,
+        tokens_bt: jax.Array,
+        position_bt: jax.Array,
+        sight: Sight,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
+        """Return the normed hidden states [b, t, d], the cache, and the sums of the routers, with a leading `l`.
 
         `sight`: which key each query sees. `cache`: keys and values of all layers, [l, b, s, k, h] each; those
         of this call are written at index `start`.
@@ -52,17 +64,19 @@ class Transformer(nnx.Module):
             # The cache is carried, not scanned over: what is scanned over is copied, and a step writes one token of it.
             def layer(carry: tuple[jax.Array, Cache | None], scanned: tuple[Any, jax.Array]):
                 (x_btd, cache), (weights, index) = carry, scanned
-                x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, sight, cache, Slot(index, start))
-                return (settings.scatter(x_btd), cache), None
+                x_btd, cache, sums = nnx.merge(graph, weights)(x_btd, rotation, sight, cache, Slot(index, start))
+                return (settings.scatter(x_btd), cache), sums
 
             numbers = jnp.arange(len(jax.tree.leaves(weights)[0]), dtype=jnp.int32)
             scanned = (whole_layers(weights), numbers)
             layer = _rematerialize(layer, settings.rematerialize)
-            return jax.lax.scan(layer, (x_btd, cache), scanned, unroll=settings.unroll)[0]
+            (x_btd, cache), sums = jax.lax.scan(layer, (x_btd, cache), scanned, unroll=settings.unroll)
+            return x_btd, cache, sums
 
         x_btd, rows, spec = self.embed(tokens_bt), (position_bt, sight), settings.rules.residual("b")
-        x_btd, cache = through_stages(layers, nnx.as_pure(weights), x_btd, rows, cache, spec)
-        return settings.constrain(self.norm(settings.scatter(x_btd)), "btd"), cache
+        x_btd, cache, sums = through_stages(layers, nnx.as_pure(weights), x_btd, rows, cache, spec)
+        sums = jax.tree.map(lambda x: x[: settings.architecture.layers], sums)  # without layers that are padding
+        return settings.constrain(self.norm(settings.scatter(x_btd)), "btd"), cache, sums
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return float32 logits [b, a, v] of hidden states [b, a, d]; -inf at the vocabulary's padding."""

@@ -22,13 +22,14 @@ LARGEST_CODE = 127
 SMALLEST_ABSMAX = 1e-30
 
 
-def quantize_tokens(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def quantize_tokens(x: jax.Array, axes: tuple[int, ...], across: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
     """Return codes, int8 of the shape of `x`, and scales, float32 with size 1 along `axes`, the contracted ones.
 
-    x ≈ codes · scale; |codes| ≤ 127.
+    x ≈ codes · scale; |codes| ≤ 127. `across`: mesh axes that split a contracted axis, where `x` is what a device has.
     """
     x = x.astype(jnp.float32)
     absmax = jnp.maximum(jnp.abs(x).max(axis=axes, keepdims=True), SMALLEST_ABSMAX)
+    absmax = jax.lax.pmax(absmax, across) if across else absmax
     codes = jnp.round(x * (LARGEST_CODE / absmax))
     # XLA makes a division by a constant this product, which may be an ulp off the quotient: say what is computed.
     return codes.astype(jnp.int8), absmax * (1 / LARGEST_CODE)

@@ -33,6 +33,8 @@ class Leaf:
     logical: Shape
     shards: Shape
     padding: Padding | None = None
+    is_router: bool = False
+    """Whether it decides which other weights are used: then it stays float, whatever rule matches it."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Policy:
     def formats(self, shapes: Mapping[str, Shape]) -> dict[str, Format]:
         """Return the format of every parameter that is quantized, by path.
 
-        Vectors and scalars (norms, biases) stay float whatever matches them. Raises `UserError` for a rule that no path
-        matches, and for a granularity that the shape or the mesh does not allow.
+        Vectors and scalars (norms, biases) and routers stay float whatever matches them. Raises `UserError` for a rule
+        that no path matches, and for a granularity that the shape or the mesh does not allow.
         """
         matched = {path: rule for path in shapes if (rule := self.rule(path)) is not None}
         for rule in self.rules:
@@ -104,8 +106,8 @@ class Policy:
 
     def activation(self, path: str) -> str:
         """Return the grid of the activation that the weight at `path` multiplies, as in `Rule.activation`."""
-        rule = self.rule(path)
-        return rule.activation if rule else "none"
+        rule, leaf = self.rule(path), self.leaves.get(path)
+        return rule.activation if rule and not (leaf and leaf.is_router) else "none"
 
 
 def _format(path: str, shape: Shape, rule: Rule, grid: Grid, leaf: Leaf | None) -> Format:
@@ -234,8 +236,8 @@ def _leaf(path: str, shape: Shape, rule: Rule, leaf: Leaf | None) -> Leaf | None
 
 
 def _is_matrix(leaf: Leaf | None, shape: Shape) -> bool:
-    """Whether a product runs over the tensor; stacked vectors [l, d] are vectors."""
-    return len(shape) >= 2 and (leaf is None or bool(leaf.contract))
+    """Whether a product runs over the tensor that may be rounded; stacked vectors [l, d] are vectors."""
+    return len(shape) >= 2 and (leaf is None or (bool(leaf.contract) and not leaf.is_router))
 
 
 def _known(leaf: Leaf | None, path: str, shape: Shape) -> Leaf:

@@ -106,16 +106,20 @@ def _check_finite(values: StepMetrics, number: int, limit: int) -> int:
 
 def _line(values: StepMetrics, speed: "_Speed") -> dict[str, Any]:
     oscillating = {f"oscillating/{path}": share for path, share in values.oscillating.items()}
-    return oscillating | {
-        "loss": values.loss,
-        "grad_norm": values.grad_norm,
-        "learning_rate": values.learning_rate,
-        "answer_tokens": int(values.tokens),
-        "tokens": speed.last_tokens,
-        "seconds": speed.last_seconds,
-        "tokens_per_second": speed.last_tokens / speed.last_seconds,
-        "skipped": int(values.nonfinite_in_a_row > 0),
-    }
+    return (
+        oscillating
+        | values.router
+        | {
+            "loss": values.loss,
+            "grad_norm": values.grad_norm,
+            "learning_rate": values.learning_rate,
+            "answer_tokens": int(values.tokens),
+            "tokens": speed.last_tokens,
+            "seconds": speed.last_seconds,
+            "tokens_per_second": speed.last_tokens / speed.last_seconds,
+            "skipped": int(values.nonfinite_in_a_row > 0),
+        }
+    )
 
 
 class _Speed:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.model.attention import mutual
+from research.model.experts import RouterSums, balance_loss, z_loss
 from research.setup import segments_of
 from research.tasks.batches import Batch
 
@@ -33,7 +34,7 @@ def answer_nll(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> j
     whole batch exist at a time, split over the vocabulary. The backward pass computes them anew.
     """
     model = nnx.merge(graph, weights)
-    return _by_chunk(token_nll, [model], [_answer_states(model, batch)], batch, chunk)
+    return _by_chunk(token_nll, [model], [_answer_states(model, batch)[0]], batch, chunk)
 
 
 def answers_against_teacher(
@@ -43,21 +44,27 @@ def answers_against_teacher(
 
     No gradient reaches the teacher.
     """
+    return _against_teacher(graph, weights, teacher_graph, teacher_weights, batch, chunk)[0]
 
+
+def _against_teacher(
+    graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
+) -> tuple[AgainstTeacher, RouterSums | None]:
     def terms(logits_bav: jax.Array, teacher_bav: jax.Array, target_ba: jax.Array) -> AgainstTeacher:
         agrees_ba = (logits_bav.argmax(axis=-1) == teacher_bav.argmax(axis=-1)).astype(jnp.float32)
         nll_ba = token_nll(logits_bav, target_ba)
         return AgainstTeacher(nll_ba, token_divergence(logits_bav, teacher_bav), agrees_ba)
 
     models = [nnx.merge(graph, weights), nnx.merge(teacher_graph, jax.lax.stop_gradient(teacher_weights))]
-    return _by_chunk(terms, models, [_answer_states(model, batch) for model in models], batch, chunk)
+    states, routers = zip(*(_answer_states(model, batch) for model in models), strict=True)
+    return _by_chunk(terms, models, states, batch, chunk), routers[0]
 
 
-def _answer_states(model: Any, batch: Batch) -> jax.Array:
-    """Return the hidden states from which the answer tokens are predicted, [b, a, d]."""
+def _answer_states(model: Any, batch: Batch) -> tuple[jax.Array, RouterSums | None]:
+    """Return the hidden states from which the answer tokens are predicted, [b, a, d], and the sums of the routers."""
     tokens_bt, position_bt = jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt)
-    hidden_btd, _ = model(tokens_bt, position_bt, mutual(segments_of(batch)))
-    return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1)
+    hidden_btd, _, router = model.run(tokens_bt, position_bt, mutual(segments_of(batch)))
+    return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1), router
 
 
 def _by_chunk(terms: Callable, models: Sequence[Any], hidden: Sequence[jax.Array], batch: Batch, chunk: int) -> Any:
@@ -113,25 +120,39 @@ def token_divergence(logits_bav: jax.Array, teacher_bav: jax.Array) -> jax.Array
 
 
 class LossSums(NamedTuple):
-    """Sums over a batch's answer tokens, float32 scalars; nats. `divergence`: 0 without a teacher."""
+    """Sums over a batch's answer tokens, float32 scalars; nats.
+
+    `divergence`: 0 without a teacher. The last three: of the routers of a mixture of experts, means over its layers and
+    tokens times the number of answer tokens, so that they add up like the others; 0 without experts.
+    """
 
     nll: jax.Array
     divergence: jax.Array
     tokens: jax.Array
+    balance: jax.Array
+    z: jax.Array
+    dropped: jax.Array
 
 
 def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> LossSums:
     """Return the negative log-probability of the answers and their number of tokens."""
-    return _sums(answer_nll(graph, weights, batch, chunk), jnp.zeros(()), batch)
+    model = nnx.merge(graph, weights)
+    states_bad, router = _answer_states(model, batch)
+    return _sums(_by_chunk(token_nll, [model], [states_bad], batch, chunk), jnp.zeros(()), router, batch)
 
 
 def distillation_sums(
     graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
 ) -> LossSums:
     """Return what `loss_sums` does, and the divergence from the teacher."""
-    found = answers_against_teacher(graph, weights, teacher_graph, teacher_weights, batch, chunk)
-    return _sums(found.nll_ba, found.divergence_ba, batch)
+    found, router = _against_teacher(graph, weights, teacher_graph, teacher_weights, batch, chunk)
+    return _sums(found.nll_ba, found.divergence_ba, router, batch)
 
 
-def _sums(nll_ba: jax.Array, divergence_ba: jax.Array, batch: Batch) -> LossSums:
-    return LossSums(nll_ba.sum(), divergence_ba.sum(), (batch.answer_ba > 0).sum().astype(jnp.float32))
+def _sums(nll_ba: jax.Array, divergence_ba: jax.Array, router: RouterSums | None, batch: Batch) -> LossSums:
+    tokens, nothing = (batch.answer_ba > 0).sum().astype(jnp.float32), jnp.zeros(())
+    if router is None:
+        return LossSums(nll_ba.sum(), divergence_ba.sum(), tokens, nothing, nothing, nothing)
+    dropped_l = router.dropped / jnp.maximum(router.chosen_e.sum(axis=-1), 1)
+    terms = (tokens * x_l.mean() for x_l in (balance_loss(router), z_loss(router), dropped_l))
+    return LossSums(nll_ba.sum(), divergence_ba.sum(), tokens, *terms)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, architecture_from
 from research.axes import AxisRules
 from research.config import Experiment
 from research.config_file import to_json
@@ -95,9 +95,7 @@ def require_same_run(metadata: Mapping[str, Any], foundation: Foundation, task: 
 
 def architecture_of(metadata: Mapping[str, Any]) -> Architecture:
     """Return the shape of the model in a checkpoint."""
-    fields = dict(metadata["architecture"])
-    scaling = fields.pop("rope_scaling")
-    return Architecture(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+    return architecture_from(metadata["architecture"])
 
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import OptimizerConfig, TrainConfig
+from research.model.parameters import ROUTER
 from research.model.placement import Table, shardings
 from research.model.sharding import split
 from research.quant.moments import moment_blocks, scale_by_adam_8bit
@@ -47,6 +48,12 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     nonfinite_in_a_row: jax.Array  # int32; 0 if this step was taken
     oscillating: dict[str, jax.Array]  # share of the weights that oscillate, by path; where a rule counts it
+    router: dict[str, jax.Array]  # of a mixture of experts: balance (1 = even) and z loss, share of choices dropped
+
+
+def router_means(losses: LossSums) -> dict[str, jax.Array]:
+    """Return what is reported of the routers, by name."""
+    return {f"router_{name}": getattr(losses, name) / losses.tokens for name in ("balance", "z", "dropped")}
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -171,21 +178,24 @@ def make_step(
     """
     whole = NamedSharding(mesh, PartitionSpec())
     state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    scalars: Any = LossSums(whole, whole, whole)  # pyright: ignore
+    scalars: Any = LossSums(*[whole] * len(LossSums._fields))  # pyright: ignore
     sums_layout = GradientSums(scalars, shardings({"gradients": state.params}, table, mesh)["gradients"])
     schedule = make_schedule(optimizer, train.steps)
 
     def zeros() -> GradientSums:
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
-        return GradientSums(LossSums(*jnp.zeros(3)), gradients)
+        return GradientSums(LossSums(*jnp.zeros(len(LossSums._fields))), gradients)
 
     def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
         weights = view(params, state.optimizer)
         if teacher is None:
             sums = loss_sums(graph, weights, batch, train.loss_chunk)
-            return sums.nll, sums
+            return sums.nll + router_loss(sums), sums
         sums = distillation_sums(graph, weights, teacher.graph, teacher_weights, batch, train.loss_chunk)
-        return (1 - teacher.share) * sums.nll + teacher.share * sums.divergence, sums
+        return (1 - teacher.share) * sums.nll + teacher.share * sums.divergence + router_loss(sums), sums
+
+    def router_loss(sums: LossSums) -> jax.Array:
+        return train.router_balance * sums.balance + train.router_z * sums.z
 
     def add(state: TrainState, batch: Batch, sums: GradientSums, teacher_weights: Any = None) -> GradientSums:
         gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights)
@@ -208,6 +218,7 @@ def make_step(
             learning_rate=learning_rate,
             nonfinite_in_a_row=optimizer_state.notfinite_count,
             oscillating=oscillation(optimizer_state),
+            router=router_means(sums.losses) if ROUTER in table else {},
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
