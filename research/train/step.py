@@ -145,6 +145,20 @@ class Step:
         return self.update(state, sums)
 
 
+def make_loss(graph: nnx.GraphDef, train: TrainConfig, teacher: Teacher | None = None) -> Callable[..., Any]:
+    """Return `loss(params, state, batch, teacher_weights)`: what is minimised, and its sums; see `make_step`."""
+
+    def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
+        weights = view(params, state.optimizer)
+        if teacher is None:
+            sums = loss_sums(graph, weights, batch, train.loss_chunk)
+            return sums.nll, sums
+        sums = distillation_sums(graph, weights, teacher.graph, teacher_weights, batch, train.loss_chunk)
+        return (1 - teacher.share) * sums.nll + teacher.share * sums.divergence, sums
+
+    return loss
+
+
 def make_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
@@ -155,7 +169,7 @@ def make_step(
     state: TrainState,
     teacher: Teacher | None = None,
 ) -> Step:
-    """Return the jitted step; `state` gives the shardings that every step keeps.
+    """Return the jitted step; `state`, arrays or shapes, gives the shardings that every step keeps.
 
     With a teacher the loss is (1 - share) · task loss + share · KL(teacher ‖ model), the forward KL on all logits.
     """
@@ -164,18 +178,11 @@ def make_step(
     scalars: Any = LossSums(whole, whole, whole)  # pyright: ignore
     sums_layout = GradientSums(scalars, shardings(state.params, table, mesh))
     schedule = make_schedule(optimizer, train.steps)
+    loss = make_loss(graph, train, teacher)
 
     def zeros() -> GradientSums:
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
         return GradientSums(LossSums(*jnp.zeros(3)), gradients)
-
-    def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
-        weights = view(params, state.optimizer)
-        if teacher is None:
-            sums = loss_sums(graph, weights, batch, train.loss_chunk)
-            return sums.nll, sums
-        sums = distillation_sums(graph, weights, teacher.graph, teacher_weights, batch, train.loss_chunk)
-        return (1 - teacher.share) * sums.nll + teacher.share * sums.divergence, sums
 
     def add(state: TrainState, batch: Batch, sums: GradientSums, teacher_weights: Any = None) -> GradientSums:
         gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights)
@@ -205,6 +212,7 @@ def make_step(
     return Step(
         jax.jit(zeros, out_shardings=sums_layout),
         jax.jit(add, donate_argnums=2, out_shardings=sums_layout),
-        jax.jit(update, donate_argnums=0, out_shardings=(state_layout, whole)),
+        # Quantized params are decoded anew and not read; kept all the same, so that the new ones take their place.
+        jax.jit(update, donate_argnums=0, keep_unused=True, out_shardings=(state_layout, whole)),
         teacher and teacher.weights,
     )

@@ -1,0 +1,159 @@
+"""Bytes of a training step on one device: an estimate from shapes alone, and the same parts from compiled programs.
+
+What stays on the device between programs (the state, the sums of gradients) is exact: shapes, dtypes and shardings are
+known. What a forward saves for its backward is nearly so: it is traced, nothing computed, on Explicit mesh axes, where
+the type of every array tells how it is split. The rest is what one layer works with at a time, by rules of thumb that
+stand below with their reasons (docs/decisions/0015-planner.md has how far off they are).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from research.model.parameters import Parameter
+from research.plan.program import AbstractStep, Compiled, Job, abstract_step
+from research.quant.grid import bytes_of
+from research.quant.state import find
+from research.train.step import make_loss
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. All but the last two stay there from step to step.
+
+    `activations`: what the step takes besides at its fullest moment, in the forward and backward pass
+    (`busiest == "add"`) or while it updates.
+    """
+
+    parameters: int
+    latents: int
+    codes_and_scales: int
+    moments: int
+    gradients: int
+    other: int
+    """Counters, the batch, counts of oscillation, a teacher."""
+    activations: int
+    busiest: str
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay from program to program."""
+        return self.peak - self.activations
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment."""
+        parts = self.parameters, self.latents, self.codes_and_scales, self.moments, self.gradients
+        return sum(parts) + self.other + self.activations
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """Return a mesh of no devices, its axes Explicit."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def estimate(job: Job, sizes: dict[str, int]) -> Memory:
+    """Return the bytes of a job on a mesh of `sizes`, compiled for nothing; raises `UserError` as `make_setup` does."""
+    mesh = abstract_mesh(sizes)
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = abstract_step(job, mesh)
+        forward = _forward_and_backward(job, step)
+    update = _update(job, step)
+    return replace(resident(step), activations=max(forward, update), busiest="add" if forward >= update else "update")
+
+
+def from_compiler(step: AbstractStep, compiled: Compiled) -> Memory:
+    """Return the bytes of a compiled step: what stays, by part, and what the programs take besides."""
+    held = resident(step)
+    extra = {"add": compiled.add.extra_bytes, "update": compiled.update.extra_bytes}
+    # A TPU pads arrays to its tiles; arguments of the update are all that stays, but for the batch and the teacher.
+    padding = max(0, compiled.update.argument_bytes - _bytes_of((step.state, step.sums)))
+    busiest = max(extra, key=lambda name: extra[name])
+    return replace(held, other=held.other + padding, activations=extra[busiest], busiest=busiest)
+
+
+def resident(step: AbstractStep) -> Memory:
+    """Return what stays on a device, exactly; `activations` is 0."""
+    quantized = find(step.state.optimizer)
+    parts = {
+        "parameters": _bytes_of(step.state.params),
+        "latents": _bytes_of(quantized.latent),
+        "codes_and_scales": _bytes_of(quantized.encoded),
+        "moments": _bytes_of(quantized.inner_state),
+        "gradients": _bytes_of(step.sums),
+    }
+    everything = _bytes_of((step.state, step.sums, step.batch, step.teacher and step.teacher.weights))
+    return Memory(**parts, other=everything - sum(parts.values()), activations=0, busiest="")
+
+
+def local_bytes(leaf: Any, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Return the bytes of one device's shard of a shape with a sharding."""
+    sharding = leaf.sharding if mesh is None else NamedSharding(mesh, leaf.sharding.spec)
+    return bytes_of(prod(sharding.shard_shape(leaf.shape)), leaf.dtype)
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(map(local_bytes, jax.tree.leaves(tree)))
+
+
+def _forward_and_backward(job: Job, step: AbstractStep) -> int:
+    """Return the bytes that a micro-batch takes besides what stays, at its fullest moment.
+
+    Everything saved is there when the backward pass begins. Then either the logits of a chunk are worked on, or a layer:
+    half of what it saved is at work at a time, its weights and its gradient are there whole where they are kept split,
+    and the gradients of the layers gather. The gradient of the head waits, whole, until the end.
+    """
+    layers = job.architecture.layers
+    saved, layer = saved_bytes(job, step)
+    table = step.setup.table
+    gradients = sum(_gradient_bytes(p, whole=False) for p in table.values())
+    head = sum(_gradient_bytes(p, whole=True) for path, p in table.items() if path.endswith("table_vd"))
+    one = sum(_gradient_bytes(p, whole=True) for path, p in table.items() if "l" in p.axes) // layers
+    at_work = layer // 2 + one
+    return saved + max(gradients + head + at_work, _logit_bytes(job, step))
+
+
+def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
+    """Return the bytes on one device that the forward pass saves for the backward pass, and those of one layer."""
+    loss = make_loss(step.setup.graph, job.experiment.train, step.teacher)
+    weights = step.teacher and step.teacher.weights
+
+    def saved(params: Any, state: Any, batch: Any, weights: Any) -> Any:
+        return jax.vjp(lambda p: loss(p, state, batch, weights)[0], params)[1]
+
+    traced = jax.make_jaxpr(saved)(step.state.params, step.state, step.batch, weights).jaxpr
+    given = set(traced.invars)
+    found = {v for v in traced.outvars if not isinstance(v, Literal) and v not in given}
+    layers = job.architecture.layers
+    stacked = [v for v in found if v.aval.ndim > 1 and v.aval.shape[0] == layers]
+
+    def total(variables: Iterable[Any]) -> int:
+        return sum(local_bytes(v.aval, step.mesh) for v in variables)
+
+    return total(found), total(stacked) // layers
+
+
+def _gradient_bytes(parameter: Parameter, *, whole: bool) -> int:
+    """Return the float32 bytes of a parameter's gradient on one device; `whole`: before it is split over `d`."""
+    sizes = zip(parameter.axes, parameter.shape, parameter.shards, strict=True)
+    return 4 * prod(size if whole and letter == "d" else size // ways for letter, size, ways in sizes)
+
+
+def _logit_bytes(job: Job, step: AbstractStep) -> int:
+    """Return the bytes of a chunk's logits: as they are, shifted and exponentiated, and their gradient."""
+    rules, v = step.setup.settings.rules, step.setup.table["embed/table_vd"].shape[0]
+    chunk = min(max(1, job.experiment.train.loss_chunk // job.rows), job.answer_tokens)
+    split = NamedSharding(step.mesh, rules.activation("bav"))
+    return 3 * 4 * prod(split.shard_shape((job.rows, chunk, v)))
+
+
+def _update(job: Job, step: AbstractStep) -> int:
+    """Return the bytes that the update takes besides: a new state is whole before it is known to be finite."""
+    quantized = find(step.state.optimizer)
+    return _bytes_of((quantized.inner_state, quantized.latent))
