@@ -105,18 +105,19 @@ def _bytes_of(tree: Any) -> int:
 def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     """Return the bytes that a micro-batch takes besides what stays, at its fullest moment.
 
-    Everything saved is there when the backward pass begins. Then either the logits of a chunk are worked on, or a layer:
-    half of what it saved is at work at a time, its weights and its gradient are there whole where they are kept split,
-    and the gradients of the layers gather. The gradient of the head waits, whole, until the end.
+    Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of what
+    it saved is at work at a time, and all that it computes anew; its gradient is there whole where it is kept split, and
+    the gradients of the layers gather. The gradient of the head waits, whole, until the end.
     """
-    layers = job.architecture.layers
-    saved, layer = saved_bytes(job, step)
-    table = step.setup.table
+    layers, table = job.architecture.layers, step.setup.table
+    saved, of_layer = saved_bytes(job, step)
+    without = replace(job, experiment=replace(job.experiment, train=replace(job.experiment.train, rematerialize="none")))
+    plain = step if without == job else abstract_step(without, step.mesh)
+    anew = saved_bytes(without, plain)[1] - of_layer
     gradients = sum(_gradient_bytes(p, whole=False) for p in table.values())
     head = sum(_gradient_bytes(p, whole=True) for path, p in table.items() if path.endswith("table_vd"))
-    one = sum(_gradient_bytes(p, whole=True) for path, p in table.items() if "l" in p.axes) // layers
-    at_work = layer // 2 + one
-    return saved + max(gradients + head + at_work, _logit_bytes(job, step))
+    one = sum(_gradient_bytes(p, whole=True) for p in table.values() if "l" in p.axes) // layers
+    return saved + max(gradients + head + of_layer // 2 + anew + one, _head_bytes(job, step))
 
 
 def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
@@ -145,15 +146,24 @@ def _gradient_bytes(parameter: Parameter, *, whole: bool) -> int:
     return 4 * prod(size if whole and letter == "d" else size // ways for letter, size, ways in sizes)
 
 
-def _logit_bytes(job: Job, step: AbstractStep) -> int:
-    """Return the bytes of a chunk's logits: as they are, shifted and exponentiated, and their gradient."""
-    rules, v = step.setup.settings.rules, step.setup.table["embed/table_vd"].shape[0]
+def _head_bytes(job: Job, step: AbstractStep) -> int:
+    """Return the bytes at work in the loss: logits of a chunk, shifted, exponentiated, and what their gradient needs.
+
+    Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it.
+    """
+    rules, table = step.setup.settings.rules, step.setup.table
+    head = table.get("head/table_vd", table["embed/table_vd"])
     chunk = min(max(1, job.experiment.train.loss_chunk // job.rows), job.answer_tokens)
-    split = NamedSharding(step.mesh, rules.activation("bav"))
-    return 3 * 4 * prod(split.shard_shape((job.rows, chunk, v)))
+    shape = (job.rows, chunk, head.shape[0])
+    logits = 4 * prod(NamedSharding(step.mesh, rules.activation("bav")).shard_shape(shape))
+    gradient = _gradient_bytes(head, whole=True)
+    gathered = gradient if gradient > _gradient_bytes(head, whole=False) else 0
+    return 3 * logits + gathered + gradient * (1 if chunk == job.answer_tokens else 2)
 
 
 def _update(job: Job, step: AbstractStep) -> int:
-    """Return the bytes that the update takes besides: a new state is whole before it is known to be finite."""
-    quantized = find(step.state.optimizer)
-    return _bytes_of((quantized.inner_state, quantized.latent))
+    """Return the bytes that the update takes besides: two float32 trees, and those of moments and scales in codes."""
+    optimizer = job.experiment.optimizer
+    learned = any(rule.learn_scale for rule in job.experiment.quantization)
+    trees = 2 + 3 * (optimizer.moments == "int8") + learned
+    return trees * sum(_gradient_bytes(p, whole=False) for p in step.setup.table.values())
