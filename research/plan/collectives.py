@@ -23,7 +23,7 @@ LOSS_REDUCTIONS = 5  # maximum, sum of exponentials and the target's logit; the 
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Sizes of all axes and over which mesh axes (of more than one device) they are split."""
 
     sizes: Mapping[str, int]
@@ -48,18 +48,23 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Product:
-    """One product of an activation and a weight, forward and backward."""
+class Product:
+    """One product of an activation and a weight, forward and backward.
 
-    layout: _Layout
+    Attributes:
+      rows: axes of the activation that are kept.
+      integer: whether the forward multiplies codes.
+      compute, stored: dtype of the activation and of the weight's value.
+      times: how often it is done in a micro-batch.
+    """
+
+    layout: Layout
     parameter: Parameter
     rows: str
-    """Axes of the activation that are kept."""
     form: Format | None
     integer: bool
     compute: str
     stored: str
-    """Dtype of the weight's value."""
     times: int
 
     @property
@@ -115,7 +120,7 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives of an optimizer step as XLA is expected to emit them, `merged`."""
     parts = job.experiment.train.accumulate
     layout = _layout(job, step)
-    micro = [one for product in _products(job, step, layout) for one in _of_product(product, job)]
+    micro = [one for product in products(job, step) for one in _of_product(product, job)]
     micro += [*_of_norms(job, step, layout), *_of_embedding(job, step, layout), *_of_loss(job, step, layout)]
     times = [replace(one, times=one.times * parts) for one in micro]
     return merged(one for one in [*times, *_of_update(step, layout)] if one.axes)
@@ -123,10 +128,10 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
 
 def least(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives that the layout needs at least, `merged`; scalars and norms are left out."""
-    layout, parts = _layout(job, step), job.experiment.train.accumulate
+    parts = job.experiment.train.accumulate
     found: list[Collective] = []
     reductions: dict[tuple[str, tuple[str, ...], str], tuple[int, int]] = {}
-    for product in _products(job, step, layout):
+    for product in products(job, step):
         dtype, elements = product.stored, product.whole()
         if product.form is not None:
             dtype = product.form.held_dtype
@@ -137,12 +142,14 @@ def least(job: Job, step: AbstractStep) -> list[Collective]:
             axes = product.reduced(other)
             if axes:
                 reductions[letters, axes, product.rows] = (product.activation(letters), product.times)
-    found += [_one("all-reduce", axes, job.experiment.train.compute_dtype, size, 2 * times if "t" in rows else times)
-              for (_, axes, rows), (size, times) in reductions.items()]
+    found += [
+        _one("all-reduce", axes, job.experiment.train.compute_dtype, size, 2 * times if "t" in rows else times)
+        for (_, axes, rows), (size, times) in reductions.items()
+    ]
     return merged(replace(one, times=one.times * parts) for one in found if one.axes and one.bytes)
 
 
-def _layout(job: Job, step: AbstractStep) -> _Layout:
+def _layout(job: Job, step: AbstractStep) -> Layout:
     sizes = {
         letter: size
         for parameter in step.setup.table.values()
@@ -153,7 +160,7 @@ def _layout(job: Job, step: AbstractStep) -> _Layout:
     activations, params = dict(settings.rules.activations), dict(settings.rules.params)
     if settings.heads.copies > 1:
         params["k"] = activations["k"] = None
-    return _Layout(sizes, dict(step.mesh.shape), params, activations)
+    return Layout(sizes, dict(step.mesh.shape), params, activations)
 
 
 def _chunk(job: Job) -> int:
@@ -169,9 +176,9 @@ def _one(kind: str, axes: tuple[str, ...], dtype: str, elements: int, times: int
     return Collective(kind, axes, HLO_NAMES[dtype], elements * jnp.dtype(dtype).itemsize, times)
 
 
-def _products(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[_Product]:
+def products(job: Job, step: AbstractStep) -> Iterator[Product]:
     """Yield every product with a weight; the head's is the last."""
-    setup, train = step.setup, job.experiment.train
+    setup, train, layout = step.setup, job.experiment.train, _layout(job, step)
     head = "head/table_vd" if "head/table_vd" in setup.table else "embed/table_vd"
     for path, parameter in setup.table.items():
         if not parameter.contract or (path.startswith("embed/") and path != head):
@@ -181,12 +188,10 @@ def _products(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[_Produc
         stored = "float32" if form is None else train.param_dtype
         is_layer = "l" in parameter.axes
         times = layout.sizes["l"] if is_layer else _chunks(job)
-        yield _Product(
-            layout, parameter, "bt" if is_layer else "ba", form, integer, train.compute_dtype, stored, times
-        )
+        yield Product(layout, parameter, "bt" if is_layer else "ba", form, integer, train.compute_dtype, stored, times)
 
 
-def _of_product(product: _Product, job: Job) -> Iterator[Collective]:
+def _of_product(product: Product, job: Job) -> Iterator[Collective]:
     gathered, contract, times = product.gathered, product.parameter.contract, product.times
     # The backward pass computes the head anew, and layers as the config says; but not what ends a layer: nothing in the
     # layer depends on it.
@@ -194,8 +199,8 @@ def _of_product(product: _Product, job: Job) -> Iterator[Collective]:
     again = is_head or job.experiment.train.rematerialize == "full"
     inputs = 2 * times if again else times
     outputs = 2 * times if again and contract != "f" else times
-    # Where the head is applied in a loop, it is gathered once before it.
-    gathers = 1 if is_head and times > 1 else outputs
+    # Where the head is applied in a loop, it is gathered once before it; its codes again in the loop that goes back.
+    gathers = (1 + product.integer * times) if is_head and times > 1 else outputs
     codes = "int8" if product.integer else product.stored
     yield _one("all-gather", gathered, codes, product.whole(), gathers)
     if product.integer and product.scale_elements():
@@ -208,11 +213,11 @@ def _of_product(product: _Product, job: Job) -> Iterator[Collective]:
         yield _one("all-reduce", partial, dtype, product.activation(product.rows + product.kept), outputs)
     back = product.reduced(product.kept)
     yield _one("all-reduce", back, product.compute, product.activation(product.x), times)
-    yield from _gather_backward(product, is_head)
+    yield from _gather_backward(product, job.answer_tokens if is_head else 0)
     yield from _gradient("all-reduce", product, times)
 
 
-def _gradient(kind: str, product: _Product, times: int) -> Iterator[Collective]:
+def _gradient(kind: str, product: Product, times: int) -> Iterator[Collective]:
     """Sum a weight's gradient: whole over the axes that it is gathered over, then its shard over the others."""
     whole, rest = product.whole(), tuple(axis for axis in product.summed if axis not in product.gathered)
     yield _one(kind, product.gathered, product.stored, whole, times)
@@ -220,19 +225,23 @@ def _gradient(kind: str, product: _Product, times: int) -> Iterator[Collective]:
     yield _one("all-reduce", rest, product.stored, shard, times)
 
 
-def _gather_backward(product: _Product, is_head: bool) -> Iterator[Collective]:
-    """What the gradient of the activation needs: the weight, or, for the head, the logits' gradient if it is smaller."""
+def _gather_backward(product: Product, answer_tokens: int) -> Iterator[Collective]:
+    """What the gradient of the activation needs: the weight, or the logits' gradient if that is smaller.
+
+    `answer_tokens`: of the head, 0 for a layer.
+    """
     layout, gathered = product.layout, product.gathered
     y = product.rows + product.kept
     logits = layout.elements(y, layout.activations, gathered)
-    if is_head and gathered and logits < product.whole():
+    if answer_tokens and gathered and logits < product.whole():
         yield _one("all-gather", gathered, product.compute, logits, product.times)
-        yield _one("all-to-all", gathered, product.compute, product.activation(product.x), product.times)
+        states = product.activation(product.x) // layout.sizes["a"] * answer_tokens
+        yield _one("all-to-all", gathered, product.compute, states, 1)
     else:
         yield _one("all-gather", gathered, product.stored, product.whole(), product.times)
 
 
-def _of_norms(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[Collective]:
+def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """Norms: a float32 vector each, gathered for both passes, its gradient summed."""
     again = job.experiment.train.rematerialize == "full"
     for parameter in step.setup.table.values():
@@ -246,7 +255,7 @@ def _of_norms(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[Collect
         yield _one("all-reduce", summed, "float32", layout.sizes["d"], times)
 
 
-def _of_embedding(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[Collective]:
+def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """The look-up: rows of a table split over `v` are summed, those split over `d` are looked up for all and sent."""
     dtype = "float32" if "embed/table_vd" not in step.setup.formats else job.experiment.train.param_dtype
     rows = layout.split("b", layout.activations)
@@ -260,7 +269,7 @@ def _of_embedding(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[Col
     yield _one("all-reduce", rest, dtype, layout.elements("vd", layout.params), 1)
 
 
-def _of_loss(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[Collective]:
+def _of_loss(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """The softmax over a split vocabulary, and two scalars: the loss and the number of tokens."""
     vocabulary = layout.ordered(layout.split("v", layout.activations))
     of_chunk = layout.elements("ba", layout.activations)
@@ -270,7 +279,7 @@ def _of_loss(job: Job, step: AbstractStep, layout: _Layout) -> Iterator[Collecti
     yield _one("all-reduce", rows, "int32", 1, 1)
 
 
-def _of_update(step: AbstractStep, layout: _Layout) -> Iterator[Collective]:
+def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """Two norms of the gradient, whether it is finite, and the maxima behind scales whose weights are split."""
     for path, parameter in step.setup.table.items():
         for axis in layout.ordered(axis for letter in parameter.axes for axis in layout.split(letter, layout.params)):

@@ -6,15 +6,14 @@ the type of every array tells how it is split. The rest is what one layer works 
 stand below with their reasons (docs/decisions/0015-planner.md has how far off they are).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Literal
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from research.model.parameters import Parameter
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
@@ -53,16 +52,26 @@ class Memory:
         return sum(parts) + self.other + self.activations
 
 
-def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     """Return a mesh of no devices, its axes Explicit."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
-def estimate(job: Job, sizes: dict[str, int]) -> Memory:
+def estimate(job: Job, sizes: Mapping[str, int]) -> Memory:
     """Return the bytes of a job on a mesh of `sizes`, compiled for nothing; raises `UserError` as `make_setup` does."""
+    return estimate_step(job, shapes_on(job, sizes))
+
+
+def shapes_on(job: Job, sizes: Mapping[str, int]) -> AbstractStep:
+    """Return the step of a job on a mesh of `sizes` and of no devices; raises `UserError` as `make_setup` does."""
     mesh = abstract_mesh(sizes)
     with jax.sharding.use_abstract_mesh(mesh):
-        step = abstract_step(job, mesh)
+        return abstract_step(job, mesh)
+
+
+def estimate_step(job: Job, step: AbstractStep) -> Memory:
+    """Return the bytes of a step that `shapes_on` made."""
+    with jax.sharding.use_abstract_mesh(step.mesh):
         forward = _forward_and_backward(job, step)
     update = _update(job, step)
     return replace(resident(step), activations=max(forward, update), busiest="add" if forward >= update else "update")
@@ -92,7 +101,7 @@ def resident(step: AbstractStep) -> Memory:
     return Memory(**parts, other=everything - sum(parts.values()), activations=0, busiest="")
 
 
-def local_bytes(leaf: Any, mesh: Mesh | AbstractMesh | None = None) -> int:
+def local_bytes(leaf: Any, mesh: Any = None) -> int:
     """Return the bytes of one device's shard of a shape with a sharding."""
     sharding = leaf.sharding if mesh is None else NamedSharding(mesh, leaf.sharding.spec)
     return bytes_of(prod(sharding.shard_shape(leaf.shape)), leaf.dtype)
@@ -105,13 +114,14 @@ def _bytes_of(tree: Any) -> int:
 def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     """Return the bytes that a micro-batch takes besides what stays, at its fullest moment.
 
-    Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of what
-    it saved is at work at a time, and all that it computes anew; its gradient is there whole where it is kept split, and
-    the gradients of the layers gather. The gradient of the head waits, whole, until the end.
+    Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of
+    what it saved is at work at a time, and all that it computes anew; its gradient is there whole where it is kept
+    split, and the gradients of the layers gather. The gradient of the head waits, whole, until the end.
     """
     layers, table = job.architecture.layers, step.setup.table
     saved, of_layer = saved_bytes(job, step)
-    without = replace(job, experiment=replace(job.experiment, train=replace(job.experiment.train, rematerialize="none")))
+    train = replace(job.experiment.train, rematerialize="none")
+    without = replace(job, experiment=replace(job.experiment, train=train))
     plain = step if without == job else abstract_step(without, step.mesh)
     anew = saved_bytes(without, plain)[1] - of_layer
     gradients = sum(_gradient_bytes(p, whole=False) for p in table.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from research.architecture import Architecture
 from research.axes import AxisRules
@@ -60,7 +60,8 @@ class AbstractStep:
     """A training step and its arguments, which are shapes with shardings: enough to trace and to compile."""
 
     setup: Setup
-    mesh: Mesh | AbstractMesh
+    mesh: Any
+    """A `Mesh` of devices, or an `AbstractMesh` of none: what is made of shapes asks for names and sizes alone."""
     step: Step
     state: TrainState
     sums: GradientSums
@@ -95,7 +96,7 @@ class Compiled:
     from_cache: bool = False
 
 
-def abstract_step(job: Job, mesh: Mesh | AbstractMesh) -> AbstractStep:
+def abstract_step(job: Job, mesh: Any) -> AbstractStep:
     """Return the step of a job on a mesh, of real devices or none; raises `UserError` for sizes that can't be."""
     experiment, train = job.experiment, job.experiment.train
     setup = setup_of(experiment, job.architecture, mesh)
@@ -116,7 +117,7 @@ def _floats(setup: Setup) -> dict[str, Any]:
     return tree_of({path: jax.ShapeDtypeStruct(p.shape, jnp.float32) for path, p in setup.table.items()})
 
 
-def abstract_batch(job: Job, mesh: Mesh | AbstractMesh) -> Batch:
+def abstract_batch(job: Job, mesh: Any) -> Batch:
     """Return the shapes of a micro-batch of the longest rows."""
     split = NamedSharding(mesh, PartitionSpec(AxisRules().activations["b"]))
 
@@ -155,7 +156,7 @@ def compile_step(
     started = time.monotonic()
     sizes = dict(abstract.mesh.shape)
     programs = {name: _program(low.compile(compiler_options=options), sizes) for name, low in lowered.items()}
-    compiled = Compiled(**programs, seconds=time.monotonic() - started)
+    compiled = Compiled(programs["add"], programs["update"], time.monotonic() - started)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(asdict(compiled)).encode())
@@ -188,4 +189,3 @@ def _from_json(found: dict[str, Any]) -> Compiled:
         return Program(**fields, sends=tuple(sends))
 
     return Compiled(program(found["add"]), program(found["update"]), found["seconds"])
-
