@@ -15,7 +15,7 @@ from research.architecture import Architecture
 from research.architectures import ARCHITECTURES
 from research.errors import UserError, nearest
 from research.formats import gguf, huggingface, native
-from research.formats.huggingface_config import read_architecture
+from research.formats.huggingface_config import read_architecture, read_json
 from research.formats.model_source import ModelSource
 from research.packages import PackageFile, Report, fetch_package
 from research.tokenizer import Tokenizer
@@ -131,10 +131,9 @@ def load_architecture(
 
 
 def _is_shape_only(path: Path) -> bool:
-    """Whether `path` is a directory with a config.json of Hugging Face's and neither weights nor anything of ours."""
-    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    weights = any(name.endswith(".safetensors") for name in names)
-    return "config.json" in names and not weights and "checkpoints" not in names
+    """Whether `path` is a directory with a config.json of Hugging Face's (not of a run of ours) and no weights."""
+    config = path / "config.json"
+    return config.is_file() and not any(path.glob("*.safetensors")) and "hidden_size" in read_json(config)
 
 
 def _open_registered(entry: Registered, cache: Path | None, report: Report) -> tuple[ModelSource, str]:

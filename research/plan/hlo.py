@@ -1,7 +1,7 @@
 """The collectives of a compiled program, read from its HLO text: kind, mesh axes, dtype, bytes, how often they run.
 
-A loop's body stands in the text once; what is in it is counted as often as the loop runs, which the compiler writes
-beside the loop. Groups of devices are written in four ways (lists, iota, mesh axes, pairs); all become lists of
+A loop's body stands in the text once; what is in it is counted as often as the loop runs: the compiler writes that
+beside the loop, or the loop counts up to a constant. Groups of devices are written in four ways (lists, iota, mesh axes, pairs); all become lists of
 partition numbers, and those become names of mesh axes by looking which coordinates vary inside a group.
 """
 
@@ -25,6 +25,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _NAMED = re.compile(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}")
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+_SCATTERING = "all-reduce-scatter"  # a TPU's fusion of a sum and of the slice that each device keeps
+_CONSTANT = re.compile(r"^(-?\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -67,6 +69,8 @@ def collectives(text: str, mesh_sizes: Mapping[str, int]) -> list[Collective]:
         for instruction in computations[name]:
             kind = instruction.op.removesuffix("-start")
             if kind in KINDS:
+                if kind == "all-reduce" and name.startswith(_SCATTERING):
+                    kind = "reduce-scatter"
                 if times is None:
                     raise ValueError(f"{instruction.name} is in a loop of unknown length")
                 axes = _axes(_groups(instruction.rest), mesh_sizes)
@@ -105,13 +109,24 @@ def _executions(computations: Mapping[str, list[_Instruction]]) -> dict[str, int
         for instruction in computations.get(name, ()):
             inner = count
             if instruction.op == "while":
-                trips = _TRIPS.search(instruction.rest)
-                inner = None if trips is None or count is None else count * int(trips[1])
+                trips = _trips(instruction, computations)
+                inner = None if trips is None or count is None else count * trips
             for called in _calls(instruction):
                 visit(called, inner)
 
     visit("", 1)
     return {name: count for name, count in times.items() if name in computations}
+
+
+def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int | None:
+    """Return how often a loop runs: as told, or the bound that its counter, which starts at 0, is compared with."""
+    if told := _TRIPS.search(loop.rest):
+        return int(told[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    body = computations.get(condition[1], []) if condition else []
+    bounds = [int(found[1]) for one in body if one.op == "constant" and (found := _CONSTANT.match(one.rest))]
+    is_count = any(one.op == "compare" and "direction=LT" in one.rest for one in body)
+    return bounds[0] if is_count and len(bounds) == 1 else None
 
 
 def _calls(instruction: _Instruction) -> Iterator[str]:
@@ -129,7 +144,7 @@ def _operands(instruction: _Instruction, kind: str) -> Iterator[tuple[str, int]]
         shapes = shapes[len(shapes) // 2 :]
     if kind == "all-to-all" and instruction.type.startswith("("):  # one piece for each device
         shapes = [(shapes[0][0], sum(size for _, size in shapes))]
-    if kind == "reduce-scatter":
+    if kind == "reduce-scatter" and instruction.op.startswith(kind):
         ways = len(_groups(instruction.rest)[0])
         shapes = [(dtype, size * ways) for dtype, size in shapes]
     yield from shapes
