@@ -1,8 +1,9 @@
 """The collectives of a compiled program, read from its HLO text: kind, mesh axes, dtype, bytes, how often they run.
 
 A loop's body stands in the text once; what is in it is counted as often as the loop runs: the compiler writes that
-beside the loop, or the loop counts up to a constant. Groups of devices are written in four ways (lists, iota, mesh axes, pairs); all become lists of
-partition numbers, and those become names of mesh axes by looking which coordinates vary inside a group.
+beside the loop, or the loop counts up to a constant. Groups of devices are written in four ways (lists, iota, mesh
+axes, pairs); all become lists of partition numbers, and those become names of mesh axes by looking which coordinates
+vary inside a group.
 """
 
 import re

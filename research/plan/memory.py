@@ -124,10 +124,15 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     without = replace(job, experiment=replace(job.experiment, train=train))
     plain = step if without == job else abstract_step(without, step.mesh)
     anew = saved_bytes(without, plain)[1] - of_layer
-    gradients = sum(_gradient_bytes(p, whole=False) for p in table.values())
-    head = sum(_gradient_bytes(p, whole=True) for path, p in table.items() if path.endswith("table_vd"))
-    one = sum(_gradient_bytes(p, whole=True) for p in table.values() if "l" in p.axes) // layers
-    return saved + max(gradients + head + of_layer // 2 + anew + one, _head_bytes(job, step))
+    in_layers = [path for path, p in table.items() if "l" in p.axes]
+    of_head = _gradient_bytes(step, [_head(step)], whole=True)
+    at_work = of_layer // 2 + anew + _gradient_bytes(step, in_layers, whole=True) // layers
+    return saved + max(_gradient_bytes(step, table) + of_head + at_work, _head_bytes(job, step))
+
+
+def _head(step: AbstractStep) -> str:
+    """Return the path of the table that gives the logits."""
+    return "head/table_vd" if "head/table_vd" in step.setup.table else "embed/table_vd"
 
 
 def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
@@ -150,10 +155,15 @@ def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
     return total(found), total(stacked) // layers
 
 
-def _gradient_bytes(parameter: Parameter, *, whole: bool) -> int:
-    """Return the float32 bytes of a parameter's gradient on one device; `whole`: before it is split over `d`."""
+def _gradient_bytes(step: AbstractStep, paths: Iterable[str], *, whole: bool = False) -> int:
+    """Return the bytes of gradients on one device, in its parameter's dtype each; `whole`: not yet split over `d`."""
+    dtypes = {path: step.setup.train.param_dtype if path in step.setup.formats else "float32" for path in paths}
+    return sum(bytes_of(_local_size(step.setup.table[path], whole=whole), dtype) for path, dtype in dtypes.items())
+
+
+def _local_size(parameter: Parameter, *, whole: bool) -> int:
     sizes = zip(parameter.axes, parameter.shape, parameter.shards, strict=True)
-    return 4 * prod(size if whole and letter == "d" else size // ways for letter, size, ways in sizes)
+    return prod(size if whole and letter == "d" else size // ways for letter, size, ways in sizes)
 
 
 def _head_bytes(job: Job, step: AbstractStep) -> int:
@@ -161,13 +171,12 @@ def _head_bytes(job: Job, step: AbstractStep) -> int:
 
     Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it.
     """
-    rules, table = step.setup.settings.rules, step.setup.table
-    head = table.get("head/table_vd", table["embed/table_vd"])
+    rules, head = step.setup.settings.rules, _head(step)
     chunk = min(max(1, job.experiment.train.loss_chunk // job.rows), job.answer_tokens)
-    shape = (job.rows, chunk, head.shape[0])
+    shape = (job.rows, chunk, step.setup.table[head].shape[0])
     logits = 4 * prod(NamedSharding(step.mesh, rules.activation("bav")).shard_shape(shape))
-    gradient = _gradient_bytes(head, whole=True)
-    gathered = gradient if gradient > _gradient_bytes(head, whole=False) else 0
+    gradient = _gradient_bytes(step, [head], whole=True)
+    gathered = gradient if gradient > _gradient_bytes(step, [head]) else 0
     return 3 * logits + gathered + gradient * (1 if chunk == job.answer_tokens else 2)
 
 
@@ -176,4 +185,4 @@ def _update(job: Job, step: AbstractStep) -> int:
     optimizer = job.experiment.optimizer
     learned = any(rule.learn_scale for rule in job.experiment.quantization)
     trees = 2 + 3 * (optimizer.moments == "int8") + learned
-    return trees * sum(_gradient_bytes(p, whole=False) for p in step.setup.table.values())
+    return trees * 4 * sum(_local_size(p, whole=False) for p in step.setup.table.values())
