@@ -59,6 +59,7 @@ class Product:
     """
 
     layout: Layout
+    path: str
     parameter: Parameter
     rows: str
     form: Format | None
@@ -81,6 +82,11 @@ class Product:
     def x(self) -> str:
         """Axes of the activation."""
         return self.rows + self.parameter.contract
+
+    @property
+    def y(self) -> str:
+        """Axes of the output."""
+        return self.rows + self.kept
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -130,22 +136,18 @@ def least(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives that the layout needs at least, `merged`; scalars and norms are left out."""
     parts = job.experiment.train.accumulate
     found: list[Collective] = []
-    reductions: dict[tuple[str, tuple[str, ...], str], tuple[int, int]] = {}
+    reductions: dict[tuple[str, str], Collective] = {}
     for product in products(job, step):
-        dtype, elements = product.stored, product.whole()
-        if product.form is not None:
-            dtype = product.form.held_dtype
-        found.append(_one("all-gather", product.gathered, dtype, elements, 2 * product.times))
+        dtype = product.stored if product.form is None else product.form.held_dtype
+        found.append(_one("all-gather", product.gathered, dtype, product.whole(), 2 * product.times))
         found += _gradient("reduce-scatter", product, product.times)
-        # Products that share an input or an output share its reduction.
-        for letters, other in ((product.x, product.kept), (product.rows + product.kept, product.parameter.contract)):
-            axes = product.reduced(other)
-            if axes:
-                reductions[letters, axes, product.rows] = (product.activation(letters), product.times)
-    found += [
-        _one("all-reduce", axes, job.experiment.train.compute_dtype, size, 2 * times if "t" in rows else times)
-        for (_, axes, rows), (size, times) in reductions.items()
-    ]
+        # The products of a block that share an input share the sum of its gradient.
+        block, compute = product.path.rpartition("/")[0], product.compute
+        for name, letters, over in (("to", product.y, product.parameter.contract), ("from", product.x, product.kept)):
+            if axes := product.reduced(over):
+                one = _one("all-reduce", axes, compute, product.activation(letters), product.times)
+                reductions[block, name] = one
+    found += reductions.values()
     return merged(replace(one, times=one.times * parts) for one in found if one.axes and one.bytes)
 
 
@@ -188,7 +190,9 @@ def products(job: Job, step: AbstractStep) -> Iterator[Product]:
         stored = "float32" if form is None else train.param_dtype
         is_layer = "l" in parameter.axes
         times = layout.sizes["l"] if is_layer else _chunks(job)
-        yield Product(layout, parameter, "bt" if is_layer else "ba", form, integer, train.compute_dtype, stored, times)
+        yield Product(
+            layout, path, parameter, "bt" if is_layer else "ba", form, integer, train.compute_dtype, stored, times
+        )
 
 
 def _of_product(product: Product, job: Job) -> Iterator[Collective]:
@@ -210,7 +214,7 @@ def _of_product(product: Product, job: Job) -> Iterator[Collective]:
         yield _one("all-reduce", partial, "float32", product.activation(product.rows), inputs)
     if partial:
         dtype = "int32" if product.integer else product.compute
-        yield _one("all-reduce", partial, dtype, product.activation(product.rows + product.kept), outputs)
+        yield _one("all-reduce", partial, dtype, product.activation(product.y), outputs)
     back = product.reduced(product.kept)
     yield _one("all-reduce", back, product.compute, product.activation(product.x), times)
     yield from _gather_backward(product, job.answer_tokens if is_head else 0)
@@ -231,8 +235,7 @@ def _gather_backward(product: Product, answer_tokens: int) -> Iterator[Collectiv
     `answer_tokens`: of the head, 0 for a layer.
     """
     layout, gathered = product.layout, product.gathered
-    y = product.rows + product.kept
-    logits = layout.elements(y, layout.activations, gathered)
+    logits = layout.elements(product.y, layout.activations, gathered)
     if answer_tokens and gathered and logits < product.whole():
         yield _one("all-gather", gathered, product.compute, logits, product.times)
         states = product.activation(product.x) // layout.sizes["a"] * answer_tokens
