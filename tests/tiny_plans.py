@@ -12,7 +12,7 @@ from research.config import Experiment, MeshConfig, Rule, TaskConfig, TrainConfi
 from research.mesh import make_mesh, sizes
 from research.plan.hardware import Hardware
 from research.plan.plan import Plan, compile_plan, estimate_plan
-from research.plan.program import Job
+from research.plan.program import Job, abstract_step
 
 EIGHT_LAYERS = Architecture(
     vocabulary=2048, width=256, layers=8, query_heads=8, kv_heads=8, head_width=32, feed_forward=1024, context=512
@@ -47,3 +47,12 @@ def compiled(planned: Job, **mesh_sizes: int) -> Plan:
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         return compile_plan(planned, estimate_plan(planned, sizes(config), DEVICE), mesh)
+
+
+def lowered_flops(planned: Job) -> float:
+    """Return the operations that the compiler counts in a micro-batch on one device."""
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        step = abstract_step(planned, mesh)
+        add: Any = step.step.add
+        return add.lower(step.state, step.batch, step.sums, None).cost_analysis()["flops"]

@@ -1,0 +1,91 @@
+"""Plans of many meshes: ranked, with reasons, and a way out where one doesn't fit."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import tiny_plans
+import tiny_training as tiny
+from tiny_plans import DEVICE, EIGHT_LAYERS, TWO_LAYERS
+
+from research.plan.cost import sent_bytes, step_flops
+from research.plan.hlo import Collective
+from research.plan.memory import shapes_on
+from research.plan.plan import (
+    describe_misfit,
+    estimate_plan,
+    nearest_fitting,
+    rank,
+    sweep,
+)
+
+W8A8 = tiny.W8A8
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_a_sweep_has_every_mesh_ranked_and_every_reason() -> None:
+    planned = tiny_plans.job(replace(TWO_LAYERS, width=36), W8A8)
+    plans, impossible = sweep(planned, 8, DEVICE)
+    meshes = [tuple(one.mesh.values()) for one in (*plans, *impossible)]
+    assert len(set(meshes)) == len(meshes) == 10 and {prod(mesh) for mesh in meshes} == {8}
+    assert plans == sorted(plans, key=rank)
+    assert {one.mesh["fsdp"] for one in impossible} == {8}
+    assert "width d=36 doesn't divide over mesh.fsdp=8" in impossible[0].reason
+
+
+def test_rows_that_do_not_divide_are_a_reason() -> None:
+    planned = tiny_plans.job(TWO_LAYERS, W8A8, batch_size=4)
+    _, impossible = sweep(planned, 8, DEVICE)
+    assert any("train.batch_size=4" in one.reason for one in impossible)
+
+
+def test_the_json_says_what_was_asked() -> None:
+    found = estimate_plan(tiny_plans.job(TWO_LAYERS, W8A8), ONE | {"fsdp": 2}, DEVICE).to_json()
+    assert found.keys() >= {"mesh", "bytes_per_device", "collectives", "step_seconds", "fits"}
+    sizes = found["bytes_per_device"]
+    parts = "parameters latents codes_and_scales moments gradients other activations"
+    assert sum(sizes[name] for name in parts.split()) == sizes["peak"] == sizes["estimated_peak"]
+    assert found["fits"] and not found["compiled"] and sizes["available"] == DEVICE.memory_bytes
+
+
+def test_a_misfit_names_numbers_and_the_nearest_mesh_that_fits() -> None:
+    """A device that holds an eighth of the state and its work, but no quarter of it."""
+    planned = tiny_plans.job(EIGHT_LAYERS, W8A8)
+    mesh = ONE | {"fsdp": 2, "tensor": 2}
+    small = replace(DEVICE, memory_bytes=100 * 2**20)
+    plan = estimate_plan(planned, mesh, small)
+    assert not plan.fits
+    nearest = nearest_fitting(planned, mesh, small)
+    assert nearest is not None and nearest.fits and nearest.devices == 8
+    sentence = describe_misfit(plan, nearest)
+    assert "mesh fsdp=2 tensor=2 needs " in sentence and "toy has 100 MiB" in sentence and "of 8 devices" in sentence
+    tiny_device = replace(DEVICE, memory_bytes=1)
+    assert nearest_fitting(tiny_plans.job(TWO_LAYERS, W8A8), ONE | {"data": 2048}, tiny_device) is None
+    assert "no mesh of up to 4096 devices fits" in describe_misfit(plan, None)
+
+
+def test_operations_are_those_of_the_compiler_where_no_loop_hides_them() -> None:
+    """All layers unrolled and no padding; the compiler also counts elementwise operations, a few percent here."""
+    planned = tiny_plans.job(EIGHT_LAYERS, tiny.FLOAT, unroll=8)
+    step = shapes_on(planned, ONE)
+    plain = tiny_plans.lowered_flops(planned)
+    ours = sum(step_flops(planned, step).values())
+    assert ours < plain < 1.05 * ours
+
+
+def test_time_is_what_the_rates_say() -> None:
+    planned = tiny_plans.job(EIGHT_LAYERS, W8A8)
+    cost = estimate_plan(planned, ONE | {"tensor": 8}, DEVICE).cost
+    assert cost.multiply_seconds == sum(
+        count / (DEVICE.multiplies[dtype] * DEVICE.utilisation) for dtype, count in cost.flops.items()
+    )
+    assert cost.link_seconds == pytest.approx(cost.sent_bytes["tensor"] / DEVICE.link_bandwidth)
+    assert cost.seconds == max(cost.multiply_seconds, cost.memory_seconds) + cost.link_seconds
+    assert cost.bound == "link"
+    halved = estimate_plan(planned, ONE | {"tensor": 4}, DEVICE).cost
+    assert halved.flops["int8"] == 2 * cost.flops["int8"]
+
+
+def test_a_ring_sends_all_but_its_own_share() -> None:
+    found = [Collective("all-reduce", ("data",), "f32", 100, 2), Collective("all-gather", ("data", "fsdp"), "s8", 80)]
+    assert sent_bytes(found, {"data": 2, "fsdp": 4}) == {"data": 200.0, "data+fsdp": 70.0}
