@@ -8,6 +8,8 @@ import tiny_plans
 import tiny_training as tiny
 from tiny_plans import DEVICE, EIGHT_LAYERS, TWO_LAYERS
 
+from research.errors import UserError
+from research.mesh import all_shapes
 from research.plan.cost import sent_bytes, step_flops
 from research.plan.hlo import Collective
 from research.plan.memory import shapes_on
@@ -24,19 +26,18 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_a_sweep_has_every_mesh_ranked_and_every_reason() -> None:
-    planned = tiny_plans.job(replace(TWO_LAYERS, width=36), W8A8)
-    plans, impossible = sweep(planned, 8, DEVICE)
+    planned = tiny_plans.job(replace(TWO_LAYERS, width=33), W8A8)
+    plans, impossible = sweep(planned, 2, DEVICE)
     meshes = [tuple(one.mesh.values()) for one in (*plans, *impossible)]
-    assert len(set(meshes)) == len(meshes) == 10 and {prod(mesh) for mesh in meshes} == {8}
-    assert plans == sorted(plans, key=rank)
-    assert {one.mesh["fsdp"] for one in impossible} == {8}
-    assert "width d=36 doesn't divide over mesh.fsdp=8" in impossible[0].reason
+    assert len(set(meshes)) == len(meshes) == len(list(all_shapes(2))) and {prod(mesh) for mesh in meshes} == {2}
+    assert plans == sorted(plans, key=rank) and len(plans) > 1
+    reasons = {one.mesh["fsdp"]: one.reason for one in impossible}
+    assert "width d=33 doesn't divide over mesh.fsdp=2" in reasons[2]
 
 
 def test_rows_that_do_not_divide_are_a_reason() -> None:
-    planned = tiny_plans.job(TWO_LAYERS, W8A8, batch_size=4)
-    _, impossible = sweep(planned, 8, DEVICE)
-    assert any("train.batch_size=4" in one.reason for one in impossible)
+    with pytest.raises(UserError, match="train.batch_size=4"):
+        estimate_plan(tiny_plans.job(TWO_LAYERS, W8A8, batch_size=4), ONE | {"data": 8}, DEVICE)
 
 
 def test_the_json_says_what_was_asked() -> None:
@@ -49,18 +50,15 @@ def test_the_json_says_what_was_asked() -> None:
 
 
 def test_a_misfit_names_numbers_and_the_nearest_mesh_that_fits() -> None:
-    """A device that holds an eighth of the state and its work, but no quarter of it."""
+    """Split in two it fits, whole it doesn't."""
     planned = tiny_plans.job(EIGHT_LAYERS, W8A8)
-    mesh = ONE | {"fsdp": 2, "tensor": 2}
-    small = replace(DEVICE, memory_bytes=100 * 2**20)
-    plan = estimate_plan(planned, mesh, small)
+    plan = estimate_plan(planned, ONE, replace(DEVICE, memory_bytes=400 * 2**20))
     assert not plan.fits
-    nearest = nearest_fitting(planned, mesh, small)
-    assert nearest is not None and nearest.fits and nearest.devices == 8
+    nearest = nearest_fitting(planned, ONE, plan.hardware)
+    assert nearest is not None and nearest.fits and nearest.devices == 2
     sentence = describe_misfit(plan, nearest)
-    assert "mesh fsdp=2 tensor=2 needs " in sentence and "toy has 100 MiB" in sentence and "of 8 devices" in sentence
-    tiny_device = replace(DEVICE, memory_bytes=1)
-    assert nearest_fitting(tiny_plans.job(TWO_LAYERS, W8A8), ONE | {"data": 2048}, tiny_device) is None
+    assert "mesh of one device needs " in sentence and "toy has 400 MiB" in sentence and "of 2 devices" in sentence
+    assert nearest_fitting(planned, ONE, replace(DEVICE, memory_bytes=1)) is None
     assert "no mesh of up to 4096 devices fits" in describe_misfit(plan, None)
 
 

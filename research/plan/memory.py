@@ -15,7 +15,8 @@ import jax
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from research.model.parameters import Parameter
+from research.axes import AxisRules
+from research.model.parameters import Parameter, parameter_table
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
@@ -52,7 +53,7 @@ class Memory:
         return sum(parts) + self.other + self.activations
 
 
-def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+def abstract_mesh(sizes: Mapping[str, int]) -> Any:
     """Return a mesh of no devices, its axes Explicit."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
@@ -101,6 +102,12 @@ def resident(step: AbstractStep) -> Memory:
     return Memory(**parts, other=everything - sum(parts.values()), activations=0, busiest="")
 
 
+def sums_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of the sums of gradients alone, in no time: less than this no device can have."""
+    table = parameter_table(job.architecture, AxisRules(), sizes)
+    return 4 * sum(_local_size(parameter, whole=False) for parameter in table.values())
+
+
 def local_bytes(leaf: Any, mesh: Any = None) -> int:
     """Return the bytes of one device's shard of a shape with a sharding."""
     sharding = leaf.sharding if mesh is None else NamedSharding(mesh, leaf.sharding.spec)
@@ -120,14 +127,18 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     """
     layers, table = job.architecture.layers, step.setup.table
     saved, of_layer = saved_bytes(job, step)
-    train = replace(job.experiment.train, rematerialize="none")
-    without = replace(job, experiment=replace(job.experiment, train=train))
-    plain = step if without == job else abstract_step(without, step.mesh)
-    anew = saved_bytes(without, plain)[1] - of_layer
+    anew = _computed_anew(job, step) - of_layer if job.experiment.train.rematerialize != "none" else 0
     in_layers = [path for path, p in table.items() if "l" in p.axes]
     of_head = _gradient_bytes(step, [_head(step)], whole=True)
     at_work = of_layer // 2 + anew + _gradient_bytes(step, in_layers, whole=True) // layers
     return saved + max(_gradient_bytes(step, table) + of_head + at_work, _head_bytes(job, step))
+
+
+def _computed_anew(job: Job, step: AbstractStep) -> int:
+    """Return the bytes that one layer would save if nothing of it were computed anew."""
+    train = replace(job.experiment.train, rematerialize="none")
+    plain = replace(job, experiment=replace(job.experiment, train=train))
+    return saved_bytes(plain, abstract_step(plain, step.mesh))[1]
 
 
 def _head(step: AbstractStep) -> str:

@@ -14,7 +14,7 @@ from research.plan.collectives import least, predicted
 from research.plan.cost import Cost, cost, sent_bytes
 from research.plan.hardware import Hardware
 from research.plan.hlo import Collective, merged
-from research.plan.memory import Memory, estimate_step, from_compiler, shapes_on
+from research.plan.memory import Memory, abstract_mesh, estimate_step, from_compiler, shapes_on, sums_bytes
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step, compile_step
 from research.report import describe_padding
 from research.setup import require_batch_fits
@@ -126,8 +126,8 @@ def as_predicted(plan: Plan) -> bool:
 
 def estimate_plan(job: Job, mesh: Mapping[str, int], hardware: Hardware) -> Plan:
     """Plan a mesh from shapes alone, in a second; raises `UserError` where the mesh can't be."""
+    require_batch_fits(job.experiment, abstract_mesh(mesh))
     shapes = shapes_on(job, mesh)
-    require_batch_fits(job.experiment, shapes.mesh)
     memory, sends = estimate_step(job, shapes), predicted(job, shapes)
     return Plan(
         mesh=dict(mesh),
@@ -202,14 +202,23 @@ def rank(plan: Plan) -> tuple[bool, float, int]:
 def nearest_fitting(job: Job, mesh: Mapping[str, int], hardware: Hardware) -> Plan | None:
     """Return the mesh most like `mesh` on which a job is estimated to fit, of as many devices or else twice as many."""
 
-    def distance(plan: Plan) -> float:
-        return sum(abs(log(plan.mesh[axis] / size)) for axis, size in mesh.items())
+    def distance(other: Mapping[str, int]) -> float:
+        return sum(abs(log(other[axis] / size)) for axis, size in mesh.items())
 
     for devices in _doublings(prod(mesh.values())):
-        plans, _ = sweep(job, devices, hardware)
-        fitting = [plan for plan in plans if plan.fits]
-        if fitting:
-            return min(fitting, key=lambda plan: (distance(plan), rank(plan)))
+        for other in sorted(all_shapes(devices), key=distance):
+            plan = _plan_if_it_may_fit(job, other, hardware)
+            if plan is not None and plan.fits:
+                return plan
+    return None
+
+
+def _plan_if_it_may_fit(job: Job, mesh: Mapping[str, int], hardware: Hardware) -> Plan | None:
+    try:
+        if sums_bytes(job, mesh) <= hardware.memory_bytes:
+            return estimate_plan(job, mesh, hardware)
+    except UserError:
+        pass  # a mesh that can't be is no way out
     return None
 
 
