@@ -10,7 +10,7 @@ from research.config_file import load_experiment
 from research.errors import UserError, run_script
 from research.foundation import load_architecture
 from research.mesh import describe, make_mesh, prepare_devices
-from research.plan.blocks import placed, plot_blocks, render_blocks, total_bytes, whole_bytes
+from research.plan.blocks import BlockTable, placed, plot_blocks, total_bytes, whole_bytes
 from research.plan.program import Job, abstract_step
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_checkpoint
@@ -41,7 +41,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         arrays = placed(abstract_step(Job(experiment, architecture), mesh), mesh)
     shown = arrays if flags.all else [one for one in arrays if one.kind == "parameters"]
-    console.print(render_blocks(shown, range(min(flags.devices, mesh.size))))
+    console.print(BlockTable(shown, range(min(flags.devices, mesh.size))))
     copies = f"{format_bytes(total_bytes(shown))} on {mesh.size} devices for {format_bytes(whole_bytes(shown))}"
     say(console, "Copies", f"{copies} of arrays")
     if flags.picture:

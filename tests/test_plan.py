@@ -86,4 +86,5 @@ def test_time_is_what_the_rates_say() -> None:
 
 def test_a_ring_sends_all_but_its_own_share() -> None:
     found = [Collective("all-reduce", ("data",), "f32", 100, 2), Collective("all-gather", ("data", "fsdp"), "s8", 80)]
-    assert sent_bytes(found, {"data": 2, "fsdp": 4}) == {"data": 200.0, "data+fsdp": 70.0}
+    found += [Collective("collective-permute", ("fsdp",), "s8", 8, 3)]
+    assert sent_bytes(found, {"data": 2, "fsdp": 4}) == {"data": 200.0, "data+fsdp": 70.0, "fsdp": 24.0}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderResult
 
 from research.model.placement import owner
 from research.plan.memory import local_bytes
@@ -19,7 +19,7 @@ from research.plan.program import AbstractStep
 from research.plot import save_figure
 from research.quant.policy import path_of
 from research.quant.state import find
-from research.report import describe_sharding, make_table
+from research.report import describe_sharding, first_that_fits, make_table, stacked_table
 from research.units import format_bytes
 
 Block = tuple[slice, ...]
@@ -95,19 +95,30 @@ def _bounds(block: Block) -> tuple[tuple[int, int], ...]:
     return tuple((part.start, part.stop) for part in block)
 
 
-def render_blocks(arrays: Sequence[Placed], devices: Sequence[int]) -> Table:
-    """Return a table: an array a row, a device a column, in it the part of each split axis that the device holds."""
-    table = make_table()
-    for header in ("array", "shape", "split over"):
-        table.add_column(header)
-    table.add_column("a device", justify="right", no_wrap=True)
-    for number in devices:
-        table.add_column(f"device {number}", no_wrap=True)
-    for one in arrays:
-        cells = [_show(one, one.blocks[number]) for number in devices]
+@dataclass(frozen=True)
+class BlockTable:
+    """A table: an array a row, a device a column, in it the part of each split axis that the device holds.
+
+    Where that is too wide, an array is a few lines.
+    """
+
+    arrays: Sequence[Placed]
+    devices: Sequence[int]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        headers = ["shape", "split over", "a device", *(f"device {number}" for number in self.devices)]
+        records = [(one.path, self._cells(one)) for one in self.arrays]
+        table = make_table()
+        for header in ("array", *headers):
+            table.add_column(header)
+        for path, cells in records:
+            table.add_row(path, *cells)
+        yield first_that_fits(console, options, [table, stacked_table(headers, records)])
+
+    def _cells(self, one: Placed) -> list[str]:
         shape = f"{one.dtype}[{','.join(map(str, one.shape))}]"
-        table.add_row(one.path, shape, one.split, format_bytes(one.bytes_per_device), *cells)
-    return table
+        blocks = [_show(one, one.blocks[number]) for number in self.devices]
+        return [shape, one.split, format_bytes(one.bytes_per_device), *blocks]
 
 
 def _show(one: Placed, block: Block) -> str:
@@ -141,23 +152,25 @@ def _draw(axes: Any, one: Placed) -> None:
     for number, block in one.blocks.items():
         holders.setdefault(_bounds(block), []).append(number)
     for index, (bounds, numbers) in enumerate(sorted(holders.items())):
-        (top, bottom), (left, right) = bounds[vertical], bounds[horizontal]
+        top, bottom = (0, 1) if vertical is None else bounds[vertical]
+        left, right = bounds[horizontal]
         shade = 0.25 + 0.5 * (index % 8) / 8
         box = Rectangle((left, top), right - left, bottom - top, facecolor=(1 - shade, 1 - shade / 2, 1), edgecolor="w")
         axes.add_patch(box)
         axes.text((left + right) / 2, (top + bottom) / 2, _numbers(numbers), ha="center", va="center", fontsize=8)
-    axes.set(xlim=(0, one.shape[horizontal]), ylim=(one.shape[vertical], 0), xticks=[], yticks=[])
+    height = 1 if vertical is None else one.shape[vertical]
+    axes.set(xlim=(0, one.shape[horizontal]), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_xlabel(f"{one.axes[horizontal]} {one.shape[horizontal]}", fontsize=8)
-    axes.set_ylabel(f"{one.axes[vertical]} {one.shape[vertical]}", fontsize=8)
+    axes.set_ylabel("" if vertical is None else f"{one.axes[vertical]} {one.shape[vertical]}", fontsize=8)
     axes.set_title(f"{one.path}\n{one.split}", fontsize=8)
 
 
-def _drawn_axes(one: Placed) -> tuple[int, int]:
-    """Return the axes to draw: those that are split, filled up with the last; a vector is a single row."""
+def _drawn_axes(one: Placed) -> tuple[int | None, int]:
+    """Return the axes to draw: those that are split, filled up with the last; a vector has no vertical one."""
     split = [i for i, size in enumerate(one.shape) if any(b[i].stop - b[i].start < size for b in one.blocks.values())]
     rest = [i for i in reversed(range(len(one.shape))) if i not in split]
     chosen = sorted((split + rest)[:2])
-    return (chosen[0], chosen[-1])
+    return (chosen[0] if len(chosen) > 1 else None, chosen[-1])
 
 
 def _numbers(numbers: Sequence[int]) -> str:

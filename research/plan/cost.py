@@ -13,8 +13,9 @@ from research.plan.hlo import Collective
 from research.plan.memory import Memory
 from research.plan.program import AbstractStep, Job
 
-# What a device sends of a collective's bytes, over (ways - 1) / ways, where devices form a ring.
-_SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "collective-permute": 1}
+# What a device sends of a collective's bytes, over (ways - 1) / ways, where devices form a ring. A permutation is one
+# step of a ring: all of it.
+_SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def sent_bytes(sends: Iterable[Collective], mesh_sizes: Mapping[str, int]) -> di
     for one in sends:
         ways = prod(mesh_sizes[axis] for axis in one.axes)
         name = "+".join(one.axes)
-        found[name] = found.get(name, 0.0) + _SENT[one.kind] * one.total_bytes * (ways - 1) / max(ways, 1)
+        share = 1.0 if one.kind == "collective-permute" else _SENT[one.kind] * (ways - 1) / ways
+        found[name] = found.get(name, 0.0) + share * one.total_bytes
     return found
 
 
