@@ -48,6 +48,8 @@ def open_topology(name: str) -> Topology:
         )
     # Compilers may run side by side; the lock that would keep them apart guards a TPU, which isn't used here.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # JAX's own cache keeps programs for devices that aren't there, but can't read them back; ours keeps what they take.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         found = topologies.get_topology_desc(name, "tpu")
     except (RuntimeError, jax.errors.JaxRuntimeError) as error:
