@@ -61,7 +61,7 @@ def bfloat16() -> Iterator[Job]:
 @pytest.mark.topology
 def test_a_tpu_sends_what_was_predicted(bfloat16: Job) -> None:
     """Weights as codes over fsdp, to the byte; and gradients are scattered, which a CPU doesn't do."""
-    plan = planned_on("v5e:2x4", bfloat16, fsdp=8)
+    plan = planned_on("v5e:2x4", bfloat16, fsdp=2, tensor=4)
     assert plan.emitted is not None
     assert any(one.kind == "reduce-scatter" and one.dtype == "bf16" for one in plan.emitted)
     codes = [sum(one.total_bytes for one in found if one.dtype == "s8") for found in (plan.predicted, plan.emitted)]
