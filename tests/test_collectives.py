@@ -67,7 +67,7 @@ def test_where_the_compiler_differs_it_is_the_look_up(mesh: dict[str, int]) -> N
 
 def shares(planned: Job, **mesh_sizes: int) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
     """Return bytes by kind and dtype, as predicted and at least."""
-    mesh = {"data": 1, "fsdp": 1, "tensor": 1} | mesh_sizes
+    mesh = tiny_plans.ONE | mesh_sizes
     step = shapes_on(planned, mesh)
     totals: list[dict[tuple[str, str], int]] = []
     for found in (predicted(planned, step), least(planned, step)):

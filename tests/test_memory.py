@@ -6,7 +6,7 @@ import jax
 import pytest
 import tiny_plans
 import tiny_training as tiny
-from tiny_plans import EIGHT_LAYERS, compiled
+from tiny_plans import EIGHT_LAYERS, ONE, compiled
 
 from research.config import OptimizerConfig, Rule
 from research.model.placement import bytes_per_device, place_float
@@ -18,7 +18,6 @@ from research.setup import setup_of
 from research.train.step import make_optimizer, make_state
 
 W8A8, FLOAT = tiny.W8A8, tiny.FLOAT
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_what_stays_is_what_the_state_takes() -> None:

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import tiny_plans
 import tiny_training as tiny
-from tiny_plans import DEVICE, EIGHT_LAYERS, TWO_LAYERS
+from tiny_plans import DEVICE, EIGHT_LAYERS, ONE, TWO_LAYERS
 
 from research.errors import UserError
 from research.mesh import all_shapes
@@ -22,7 +22,6 @@ from research.plan.plan import (
 )
 
 W8A8 = tiny.W8A8
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_a_sweep_has_every_mesh_ranked_and_every_reason() -> None:

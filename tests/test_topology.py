@@ -45,7 +45,7 @@ def test_what_a_compiler_says_of_memory() -> None:
 
 def planned_on(name: str, job: Job, cache: Path | None = None, **mesh_sizes: int) -> Plan:
     topology = open_topology(name)
-    mesh = {"data": 1, "fsdp": 1, "tensor": 1} | mesh_sizes
+    mesh = tiny_plans.ONE | mesh_sizes
     plan, devices = estimate_plan(job, mesh, topology.hardware), mesh_on(topology, mesh)
     with jax.set_mesh(devices):
         return compile_plan(job, plan, devices, platform="tpu", options=LOW_EFFORT, cache=cache)

@@ -19,6 +19,9 @@ EIGHT_LAYERS = Architecture(
 )
 TWO_LAYERS = replace(tiny.ARCHITECTURE, width=32, head_width=8)
 
+ONE = sizes(MeshConfig())
+"""A mesh of one device."""
+
 # Round figures of no real device: what follows from them can be worked out by hand.
 DEVICE = Hardware(
     "toy",
