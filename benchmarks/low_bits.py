@@ -27,7 +27,7 @@ from research.mesh import make_mesh, prepare_devices
 from research.model.placement import place_float, unplace
 from research.model.transformer import Transformer
 from research.setup import Setup, make_setup, put_batch
-from research.tasks.batches import window_batch, window_training_batches
+from research.tasks.batches import training_batches, window_batch, window_rows
 from research.tasks.corpus import load_documents
 from research.train.state import encoded_weights, serving_weights
 from research.train.step import TrainState, make_optimizer, make_state, make_step
@@ -58,12 +58,12 @@ def windows_of(documents: tuple[str, ...]) -> list[np.ndarray]:
 
 def train(rules: tuple[Rule, ...], start: Mapping[str, np.ndarray], windows: Any, steps: int, seed: int, mesh: Mesh):
     """Return setup and state after `steps` on the windows, from float weights by path."""
-    budget = TrainConfig(steps=max(1, steps), batch_size=ROWS, accumulate=1, loss_chunk=ROWS * WINDOW)
+    budget = TrainConfig(steps=max(1, steps), batch_size=ROWS, accumulate=1, loss_chunk=ROWS * WINDOW, seed=seed)
     setup = make_setup(ARCHITECTURE, rules, budget, mesh)
     tx = make_optimizer(OPTIMIZER, budget, setup.policy, setup.table)
     state = make_state(tx, place_float(start.__getitem__, setup.table, mesh), setup.table, mesh)
     step = make_step(setup.graph, tx, OPTIMIZER, budget, setup.table, mesh, state)
-    batches = window_training_batches(windows, WINDOW, seed=seed, steps=budget.steps, batch_size=ROWS)
+    batches = training_batches(window_rows(windows, WINDOW), budget)
     for number in range(steps):
         parts = batches[number]
         assert parts is not None

@@ -1,4 +1,4 @@
-"""The comparison of compare_int4.py with the budget of a GPU: 300 steps of 32 rows of 512 tokens, 4.9 M in all an arm.
+"""The comparison of compare_int4.py with the budget of a GPU: 300 steps of 32 rows of at most 512 tokens.
 
 Command:  python scripts/compare.py --config configs/compare_int4_gpu.py
 Hardware: one GPU

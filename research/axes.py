@@ -1,10 +1,12 @@
-"""The alphabet of axis letters, and the two tables that say over which mesh axes each letter is split.
+"""The alphabet of axis letters, and the tables that say over which mesh axes each letter is split.
 
     b batch · t query position · s key position · d model width · n query heads · k key/value heads ·
     g queries per kv head · h head width · f feed-forward width · v vocabulary · l layer · a answer position
 
-Variable names, einsum strings and sharding specs use the same letters, so that they can't disagree. There are two
-tables because fsdp splits the `d` of a weight, but not the `d` of an activation.
+Variable names, einsum strings and sharding specs use the same letters, so that they can't disagree. Parameters and
+activations have a table each, because fsdp splits the `d` of a weight, but not the `d` of an activation; and so has the
+residual stream between a layer's products, whose `t` is split over tensor, too (sequence parallelism, Korthikanti et
+al. 2022).
 """
 
 from collections.abc import Mapping
@@ -16,33 +18,50 @@ ALPHABET = frozenset("btsdnkghfvla")
 MeshAxes = str | tuple[str, ...] | None
 
 PARAM: Mapping[str, MeshAxes] = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+ROWS = ("replica", "data", "fsdp")
+"""Mesh axes over which the rows of a batch are split."""
 ACTIVATION: Mapping[str, MeshAxes] = {
-    "b": ("data", "fsdp"),
+    "b": ROWS,
+    "t": "context",
+    "a": "context",
     "n": "tensor",
     "k": "tensor",
     "f": "tensor",
     "v": "tensor",
 }
+LATENT_OVER_DATA: Mapping[str, MeshAxes] = {**PARAM, "d": ("fsdp", "data")}
+"""How latents and moments are split under ZeRO (Rajbhandari et al. 2020); otherwise they lie like parameters."""
+RESIDUAL: Mapping[str, MeshAxes] = {"b": ROWS, "t": ("context", "tensor")}
 
 
 @dataclass(frozen=True)
 class AxisRules:
-    """Two tables, letter → mesh axis (or axes); a letter that is not listed is not split."""
+    """Tables, letter → mesh axis (or axes); a letter that is not listed is not split."""
 
     params: Mapping[str, MeshAxes] = field(default_factory=lambda: PARAM)
+    latents: Mapping[str, MeshAxes] = field(default_factory=lambda: PARAM)
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATION)
+    residuals: Mapping[str, MeshAxes] = field(default_factory=lambda: RESIDUAL)
 
     def param(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of a parameter whose axes are `letters`, e.g. "ldnh"."""
         return _spec(letters, self.params)
 
+    def latent(self, letters: str) -> PartitionSpec:
+        """Return the sharding spec of what the optimizer keeps of a parameter: latents, moments, gradients."""
+        return _spec(letters, self.latents)
+
     def activation(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of an activation whose axes are `letters`, e.g. "btd"."""
         return _spec(letters, self.activations)
 
+    def residual(self, letters: str) -> PartitionSpec:
+        """Return the sharding spec of the residual stream, whose axes are `letters`: "btd"."""
+        return _spec(letters, self.residuals)
+
     def with_params(self, **changes: MeshAxes) -> "AxisRules":
-        """Return rules whose parameter table differs in some letters, e.g. `with_params(k=None)`."""
-        return replace(self, params={**self.params, **changes})
+        """Return rules whose parameters, latents too, are split otherwise in some letters: `with_params(k=None)`."""
+        return replace(self, params={**self.params, **changes}, latents={**self.latents, **changes})
 
 
 def _spec(letters: str, table: Mapping[str, MeshAxes]) -> PartitionSpec:

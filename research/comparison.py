@@ -1,19 +1,24 @@
-"""What `scripts/compare.py` compares: ways to quantize one foundation, on one text corpus, with one budget."""
+"""What `scripts/compare.py` compares: ways to quantize one foundation, on one corpus or task, with one budget."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from research.config import (
+    KV_CACHES,
     Experiment,
+    FoldConfig,
     MeshConfig,
     OptimizerConfig,
     Rule,
+    TaskConfig,
     TrainConfig,
     check_types,
     require,
     require_run_name,
 )
 
+DATA = ("corpus", "task")
+NO_FOLD = FoldConfig()
 TREATMENTS = ("ptq", "qat", "qat+distillation")
 
 
@@ -51,6 +56,8 @@ class Scheme:
     name: str
     quantization: tuple[Rule, ...]
     """Rules, first match wins."""
+    fold: FoldConfig = field(default_factory=FoldConfig)
+    """What happens to the foundation before it is rounded or trained; it is judged against the untouched one."""
 
     def __post_init__(self) -> None:
         check_types(self, "schemes: Scheme.")
@@ -77,22 +84,30 @@ class Comparison:
     """Ways to quantize."""
     treatments: tuple[str, ...] = TREATMENTS
     """What is done with each: ptq (round the foundation), qat (train on the task loss), qat+distillation."""
+    kv_cache: str = "float"
+    """How attention keeps keys and values in the arms of all schemes: float, or int8 or fp8_e4m3 codes."""
     control: bool = True
     """Whether the float model is fine-tuned on the same data, too: what training gains without any quantization."""
+    data: str = "corpus"
+    """What models are trained and judged on: corpus (documents) or task (labelled examples)."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     """Budget and arithmetic; train.distill is for qat+distillation alone."""
     score_batch: int = 8
-    """Documents per forward when judging."""
+    """Documents, or examples of a task, per forward when judging."""
+    calibration_rows: int = 64
+    """Training documents or examples whose activations static scales look at, evenly spread over all."""
     bootstrap_samples: int = 2000
-    """Resamples of documents behind each 95 % interval."""
+    """Resamples of documents or examples behind each 95 % interval."""
 
     def __post_init__(self) -> None:
         check_types(self, "")
         require(bool(self.foundation), "foundation is empty: give a registered name, a path or hf://organisation/name")
         require_run_name(self.run)
+        require(self.kv_cache in KV_CACHES, f"kv_cache={self.kv_cache!r}: give one of {KV_CACHES}")
         require(bool(self.schemes), "schemes is empty: give at least one Scheme")
         names = [scheme.name for scheme in self.schemes]
         require(len(set(names)) == len(names), f"schemes {names}: give each a name of its own")
@@ -106,12 +121,23 @@ class Comparison:
             f"train.distill={self.train.distill} with treatments={self.treatments}: qat+distillation needs a share of"
             " the loss, e.g. 1.0, and nothing else uses it",
         )
-        for name in ("score_batch", "bootstrap_samples"):
+        require(self.data in DATA, f"data={self.data!r}: give one of {DATA}")
+        for name, default in (("corpus", CorpusConfig()), ("task", TaskConfig())):
+            require(
+                name == self.data or getattr(self, name) == default,
+                f"{name} is set, but has no effect with data={self.data!r}: give data={name!r}, or leave it out",
+            )
+        for name in ("score_batch", "calibration_rows", "bootstrap_samples"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: give 1 or more")
 
-    def experiment(self, rules: tuple[Rule, ...], *, distill: bool) -> Experiment:
-        """Return what one arm is trained as; its task is not used."""
-        train = TrainConfig(**{**vars(self.train), "distill": self.train.distill if distill else 0.0})
+    def experiment(self, rules: tuple[Rule, ...] = (), fold: FoldConfig = NO_FOLD, *, distill: bool) -> Experiment:
+        """Return what one arm is trained as, a float model without rules; its task is not used."""
         return Experiment(
-            foundation=self.foundation, mesh=self.mesh, quantization=rules, optimizer=self.optimizer, train=train
+            foundation=self.foundation,
+            mesh=self.mesh,
+            quantization=rules,
+            kv_cache=self.kv_cache if rules else "float",
+            fold=fold,
+            optimizer=self.optimizer,
+            train=replace(self.train, distill=self.train.distill if distill else 0.0),
         )

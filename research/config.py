@@ -62,14 +62,21 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh; at most one may be -1 = what is left of the devices."""
+    """Sizes of the device mesh; at most one may be -1 = what is left of the devices.
 
+    The first axis varies slowest over the devices, so that it may be the slow network between machines.
+    """
+
+    replica: int = 1
+    """Like data: groups of devices that exchange nothing but gradients, once a micro-batch."""
     data: int = 1
     """Replicas that each see other examples."""
     fsdp: int = 1
     """Like data, and the parameters are split as well."""
+    context: int = 1
+    """Ways in which the positions of a text are split, for long ones."""
     tensor: int = 1
-    """Ways in which every weight matrix is split (Megatron layout)."""
+    """Ways in which every weight matrix is split (Megatron layout); between the products, positions are."""
 
     def __post_init__(self) -> None:
         check_types(self, "mesh.")
@@ -134,8 +141,9 @@ class Rule:
     oscillation_momentum: float = 0.01
     """Weight of the newest step in the averages that are counted."""
     activation: str = "none"
-    """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token) or
-    int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it)."""
+    """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token),
+    int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it), or one scale for all, found before training and
+    kept: int8:static:ema (average of the largest magnitudes) or int8:static:99.9 (percentile of the magnitudes)."""
     axes: str = ""
     """Axis letters of the weight where its own model doesn't tell them, e.g. "io"."""
     contract: str = ""
@@ -243,7 +251,7 @@ class FoldConfig:
     smooth: float = 0.0
     """Share of the activations' outliers that moves into the weights (SmoothQuant's alpha, about 0.5); 0 = off."""
     calibration_examples: int = 64
-    """Training examples whose activations smooth looks at, evenly spread over the split."""
+    """Training examples whose activations smooth and static scales look at, evenly spread over the split."""
 
     def __post_init__(self) -> None:
         check_types(self, "fold.")
@@ -321,6 +329,8 @@ class TrainConfig:
     """Answer positions whose logits exist at one time."""
     distill: float = 0.0
     """Share of the loss that is the divergence from the float foundation's predictions (forward KL); 0 = none."""
+    zero: bool = False
+    """Whether latents, moments and gradients are split over mesh.data, too (ZeRO); weights come back as codes."""
     max_nonfinite: int = 3
     """Skipped non-finite steps in a row after which the run stops."""
     seed: int = 0

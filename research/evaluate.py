@@ -1,14 +1,15 @@
 """Scoring a model: one compiled forward for every source of weights, so that what is equal stays equal bit for bit."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from research.config import Experiment, TaskConfig
@@ -17,9 +18,9 @@ from research.model.placement import array_bytes
 from research.progress import Progress
 from research.report import render_results, say
 from research.results import ModelResult
-from research.setup import Setup, batch_ways, put_batch
+from research.setup import Setup, batch_ways, put_batch, whole_rows
 from research.tasks import load_task
-from research.tasks.batches import Batch, gather_examples, label_logp, scoring_batches, text_batches
+from research.tasks.batches import Batch, ScoringBatch, gather_examples, label_sums, scoring_batches, text_batches
 from research.tasks.encoding import EncodedExamples, encode_examples, make_encoder
 from research.tasks.scores import score_labels
 from research.tasks.task import Task
@@ -81,15 +82,31 @@ def score_examples(
     `batch_size` is rounded up to what the mesh divides; `report` is told how many examples are done.
     """
     encoded = examples.splits[split]
-    ways = batch_ways(setup.mesh)
-    scored: list[tuple[Any, np.ndarray]] = []
-    done = 0
-    for part in scoring_batches(encoded, examples.config.lengths, -(-batch_size // ways) * ways):
-        nll_ba = np.asarray(score(weights, put_batch(part.batch, setup.mesh)))
-        scored.append((part, label_logp(part.batch, -nll_ba, len(encoded.answers))))
+    batches = scoring_batches(encoded, examples.config.lengths, whole_rows(batch_size, setup.mesh))
+    sizes = len(encoded.prompts), len(encoded.answers)
+    return -sum_by_label(partial(score, weights), batches, setup.mesh, *sizes, report)
+
+
+def sum_by_label(
+    program: Callable[[Batch], Any],
+    batches: Iterable[ScoringBatch],
+    mesh: Mesh,
+    examples: int,
+    labels: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> Any:
+    """Return what `program` says of predicted tokens, [b, a] in one array or several, summed by label: float64 [e, y].
+
+    `batches` hold each of `examples` once; `report` is told how many are done.
+    """
+    parts, sums, done = [], [], 0
+    for part in batches:
+        found = jax.device_get(program(put_batch(part.batch, mesh)))
+        parts.append(part)
+        sums.append(jax.tree.map(partial(label_sums, part.batch, labels=labels), found))
         done += int((part.example_b >= 0).sum())
         report(done)
-    return gather_examples(scored, len(encoded.prompts))
+    return jax.tree.map(lambda *x_by: gather_examples(zip(parts, x_by, strict=True), examples), *sums)
 
 
 def score_test(

@@ -21,6 +21,7 @@ AXES = tuple(axis.name for axis in fields(MeshConfig))
 
 _MOST_SIMULATED = 512  # start-up grows with the square: 0.1 s here, 4.5 s and 1 GB at 8192
 _MOST_SHAPES_LISTED = 6
+_ALWAYS_SHOWN = ("data", "fsdp", "tensor")
 
 
 def sizes(mesh: MeshConfig) -> dict[str, int]:
@@ -28,8 +29,8 @@ def sizes(mesh: MeshConfig) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
-def prepare_devices(mesh: MeshConfig) -> None:
-    """Simulate as many CPU devices as `mesh` needs (-1 counts as 1); to be called before anything runs in JAX.
+def prepare_devices(mesh: MeshConfig, processes: int = 1) -> None:
+    """Simulate this process's share of the CPU devices of `mesh` (-1 counts as 1), before anything runs in JAX.
 
     Nothing is set where the user's environment already names a number of CPU devices (`XLA_FLAGS` with
     `xla_force_host_platform_device_count`, or `JAX_NUM_CPU_DEVICES`): then `resolve` works with theirs. On a machine
@@ -41,7 +42,8 @@ def prepare_devices(mesh: MeshConfig) -> None:
         return
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    needed = prod(max(size, 1) for size in sizes(mesh).values())
+    devices = prod(max(size, 1) for size in sizes(mesh).values())
+    needed = -(-devices // processes)
     # A mesh beyond the limit may fit real devices; where it doesn't, `resolve` says so.
     jax.config.update("jax_num_cpu_devices", min(needed, _MOST_SIMULATED))
 
@@ -77,6 +79,11 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None, axis_type:
         if devices[0].platform == "cpu":
             raise
         raise UserError(f"{error}; JAX_PLATFORMS=cpu simulates as many as are needed") from None
+    if jax.process_count() > 1 and prod(shape) < len(devices):
+        processes = f"the {jax.process_count()} processes of this run have {len(devices)}"
+        raise UserError(
+            f"mesh {_show(sizes(mesh))} uses {prod(shape)} devices, {processes}; use all of them, e.g. mesh.data=-1"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(axis_type,) * len(AXES), devices=devices[: prod(shape)])
 
 
@@ -90,11 +97,12 @@ def describe(mesh: Mesh, device_count: int | None = None) -> str:
 
 
 def _show(shape: dict[str, int]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in shape.items())
+    return " ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1 or axis in _ALWAYS_SHOWN)
 
 
 def _valid_shapes(asked: dict[str, int], device_count: int) -> str:
-    """List the shapes that use all devices, those nearest to what was asked for first."""
+    """List the shapes that use all devices, those nearest to what was asked for first; axes in use vary."""
+    asked = {axis: size for axis, size in asked.items() if size != 1 or axis in _ALWAYS_SHOWN}
 
     def distance(shape: tuple[int, ...]) -> float:
         pairs = zip(shape, asked.values(), strict=True)

@@ -35,8 +35,10 @@ _PIPE_COLUMNS = 100
 NOTHING = "–"
 
 
-def make_console(stream: TextIO | None = None) -> Console:
+def make_console(stream: TextIO | None = None, *, quiet: bool = False) -> Console:
     """Return the console for people, on `stream` (standard output unless told).
+
+    `quiet`: it prints nothing, as in all processes of a run but the first.
 
     Markup and highlighting are off: messages hold brackets and paths, which are to be printed as they are.
     """
@@ -44,7 +46,7 @@ def make_console(stream: TextIO | None = None) -> Console:
     if isinstance(output, TextIOWrapper) and "utf" not in output.encoding.lower():
         output.reconfigure(errors="replace")  # a "?" for a dash, rather than a traceback
     width = None if output.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS
-    return Console(file=output, width=width, markup=False, highlight=False, emoji=False)
+    return Console(file=output, width=width, markup=False, highlight=False, emoji=False, quiet=quiet)
 
 
 def say(console: Console, title: str, text: str) -> None:
@@ -82,6 +84,18 @@ def describe_padding(table: Mapping[str, Parameter]) -> str:
         return "; ".join([f"none needed, {format_count(before)} parameters", *whole])
     growth = f"{format_count(before)} parameters become {format_count(after)} (+{100 * (after / before - 1):.1f} %)"
     return "; ".join([", ".join(changed), *whole, growth])
+
+
+def describe_positions(lengths: Sequence[int], mesh: Mapping[str, int]) -> str:
+    """Return in words which rows a mesh (axis → size) leaves whole between products; "" if it splits all of them."""
+    ways = mesh["context"] * mesh["tensor"]
+    whole = [str(length) for length in lengths if length % ways]
+    if mesh["tensor"] == 1 or not whole:
+        return ""
+    return (
+        f"rows of {', '.join(whole)} tokens don't divide over context×tensor={ways}; between products they are whole on"
+        " every device, which costs memory"
+    )
 
 
 def describe_cache(grid: Grid | None, dtype: str, bytes_per_token: int) -> str:

@@ -10,7 +10,7 @@
 
 Files that are written at once are written beside their place and moved there; metrics.jsonl grows by one write
 per line, and a line torn by a kill is repaired at resume. A lock, which the system drops with the process, keeps two
-processes from writing one run. In a run of many processes only process 0 opens the folder.
+processes from writing one run. In a run of many processes only the first opens the folder.
 
 All JSON is strict: NaN and infinity, which Python would write and other readers refuse, become null.
 """
@@ -95,12 +95,13 @@ class RunFolder:
     An error that ends the block of a new run before anything but config.json is written takes the run back.
     """
 
-    def __init__(self, path: Path, config_json: str, lock: int, *, is_new: bool) -> None:
-        """Take over the open lock file `lock`; use `create` or `resume` instead."""
+    def __init__(self, path: Path, config_json: str, lock: int | None, *, is_new: bool) -> None:
+        """Take over the open lock file `lock`; use `create`, `resume` or `follow` instead."""
         self.path = path
         self.config_json = config_json
         self._is_new = is_new
-        self._release = weakref.finalize(self, os.close, lock)
+        self._is_written = lock is not None
+        self._release = None if lock is None else weakref.finalize(self, os.close, lock)
 
     @classmethod
     def create(cls, path: Path, config_json: str) -> "RunFolder":
@@ -123,6 +124,11 @@ class RunFolder:
         config_json = read_config(path)
         return cls(path, config_json, _lock(path), is_new=False)
 
+    @classmethod
+    def follow(cls, path: Path) -> "RunFolder":
+        """Return the folder as all processes of the run but the first see it: nothing is written, nor locked."""
+        return cls(path, "", None, is_new=False)
+
     def __enter__(self) -> "RunFolder":
         return self
 
@@ -134,7 +140,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes write the folder."""
-        self._release()
+        if self._release is not None:
+            self._release()
 
     @property
     def checkpoints(self) -> Path:
@@ -148,7 +155,8 @@ class RunFolder:
 
     def replace_config(self, config_json: str) -> None:
         """Write another config.json: that of a resumed run with more steps or another mesh."""
-        write_atomically(self.path / CONFIG, _utf8(config_json))
+        if self._is_written:
+            write_atomically(self.path / CONFIG, _utf8(config_json))
         self.config_json = config_json
 
     def metrics(
@@ -160,6 +168,8 @@ class RunFolder:
         half-written is, too; `report` is told.
         """
         file = self.path / METRICS
+        if not self._is_written:
+            return MetricsLog(None, None, step)
         if file.exists():
             _rewind(file, step, report)
         return MetricsLog(file, self._event_writer(step) if tensorboard else None, step)
@@ -192,11 +202,14 @@ class RunFolder:
 class MetricsLog:
     """metrics.jsonl and the TensorBoard events of an open run."""
 
-    def __init__(self, file: Path, events: Any, step: int) -> None:
-        """Append to `file` and to the writer `events` (or None), after `step` optimizer steps."""
+    def __init__(self, file: Path | None, events: Any, step: int) -> None:
+        """Append to `file` and to the writer `events` (None: to nothing), after `step` optimizer steps."""
         self._file = file
         self._events = events
         self._step = step
+        if file is None:
+            self._release = lambda: None
+            return
         with _naming(file):
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._descriptor = descriptor
@@ -218,8 +231,9 @@ class MetricsLog:
             raise ValueError(f"step {step} with {sorted(values)} follows step {self._step}")
         self._step = step
         numbers = plain(values)
-        with _naming(self._file):
-            _write_all(self._descriptor, (json_line({"step": step, **numbers}) + "\n").encode())
+        if self._file is not None:
+            with _naming(self._file):
+                _write_all(self._descriptor, (json_line({"step": step, **numbers}) + "\n").encode())
         if self._events is not None:
             for name, number in numbers.items():
                 if isinstance(number, (int, float)):  # a gap in the curve stands for what is not finite

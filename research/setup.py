@@ -1,22 +1,26 @@
 """An experiment on a mesh: model structure, number formats and layout, put together for training and evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.architecture import Architecture
-from research.axes import AxisRules
+from research.axes import LATENT_OVER_DATA, ROWS, AxisRules
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
+from research.model.attention import Segments, ring_order
 from research.model.layers import Settings
 from research.model.parameters import Parameter
 from research.model.transformer import graph_of, make_settings
 from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
-from research.tasks.batches import Batch
+from research.tasks.batches import Batch, reordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +61,14 @@ def make_setup(
     whose padding to use (the tests do).
     """
     sizes = dict(mesh.shape) | dict(padded_for or {})
-    plain = make_settings(architecture, mesh_sizes=sizes)
+    axis_rules = AxisRules(latents=LATENT_OVER_DATA) if train.zero else AxisRules()
+    plain = make_settings(architecture, rules=axis_rules, mesh_sizes=sizes)
     policy = Policy(rules, {path: parameter.leaf for path, parameter in plain.table.items()})
     formats = policy.formats({path: parameter.shape for path, parameter in plain.table.items()})
     settings = make_settings(
         architecture,
         policy,
+        rules=axis_rules,
         mesh_sizes=sizes,
         kv_grid=None if kv_cache == "float" else GRIDS[kv_cache],
         compute_dtype=train.compute_dtype,
@@ -72,24 +78,55 @@ def make_setup(
     return Setup(mesh, settings, policy, formats, graph_of(settings), train)
 
 
+def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:
+    """Yield a line for each rule whose schedule (`earlier`, `end_step`) goes beyond a run of so many steps."""
+    for rule in rules:
+        last = max((rule.end_step, *(end for _, end in rule.earlier_grids)))
+        if steps < last:
+            yield (
+                f"train.steps={steps} ends before {rule.match!r} is on {rule.weight}, which begins at step {last};"
+                f" give {last} steps or more, or earlier steps in its rule"
+            )
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Return into how many pieces the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return prod(mesh.shape[axis] for axis in ROWS)
 
 
-def require_batch_fits(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise `UserError`, naming valid sizes, if a micro-batch doesn't divide over the mesh."""
-    ways, train = batch_ways(mesh), experiment.train
-    rows = train.batch_size // train.accumulate
+def whole_rows(batch_size: int, mesh: Mesh) -> int:
+    """Return the rows of a batch, rounded up to what the mesh divides."""
+    return -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
+
+
+def require_batch_fits(train: TrainConfig, lengths: Sequence[int], mesh: Mesh) -> None:
+    """Raise `UserError`, naming valid sizes, if a micro-batch or its `lengths` in tokens don't divide over the mesh."""
+    ways, rows, context = batch_ways(mesh), train.batch_size // train.accumulate, mesh.shape["context"]
     if rows % ways:
         valid = ", ".join(str(ways * train.accumulate * factor) for factor in (1, 2, 4, 8))
         raise UserError(
             f"train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives {rows} rows, which"
-            f" don't divide over data×fsdp={ways}; valid sizes of train.batch_size: {valid}, …"
+            f" don't divide over {'×'.join(ROWS)}={ways}; valid sizes of train.batch_size: {valid}, …"
+        )
+    odd = [length for length in lengths if length % context]
+    if odd:
+        raise UserError(
+            f"rows of {odd[0]} tokens don't divide over mesh.context={context}; give lengths that are multiples of it,"
+            f" e.g. {-(-odd[0] // context) * context}"
         )
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Return a batch of this process's rows as arrays split by rows over data and fsdp."""
-    rows = NamedSharding(mesh, PartitionSpec(AxisRules().activations["b"]))
-    return Batch(*(jax.make_array_from_process_local_data(rows, array) for array in batch))
+    """Return a batch as arrays split by rows; every process is given all of it, and places what its devices hold.
+
+    Tokens are put in the order in which the devices of `context` share the work evenly.
+    """
+    batch = reordered(batch, ring_order(batch.tokens_bt.shape[1], mesh.shape["context"]))
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    placed: list[Any] = [jax.make_array_from_callback(array.shape, rows, array.__getitem__) for array in batch]
+    return Batch(*placed)
+
+
+def segments_of(batch: Batch) -> Segments:
+    """Return what decides which tokens of a batch see each other."""
+    return Segments(jnp.asarray(batch.index_bt), jnp.asarray(batch.branch_bt))

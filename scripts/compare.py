@@ -16,6 +16,7 @@ from research.comparison import Comparison  # noqa: E402
 from research.config_file import load_experiment  # noqa: E402
 from research.errors import UserError, run_script  # noqa: E402
 from research.mesh import prepare_devices  # noqa: E402
+from research.processes import require_one_process  # noqa: E402
 from research.report import make_console, print_result_line  # noqa: E402
 
 
@@ -34,6 +35,7 @@ def main() -> None:
         raise UserError("--budget goes with --sensitivity")
     if flags.resume and flags.sensitivity:
         raise UserError("--resume has no effect with --sensitivity, which is done in one go")
+    require_one_process("compare.py")
     comparison = load_experiment(flags.config, flags.overrides, Comparison)
     prepare_devices(comparison.mesh)
     console = make_console()

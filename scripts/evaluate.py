@@ -9,6 +9,8 @@ from research.config import Experiment
 from research.config_file import load_experiment
 from research.errors import UserError, run_script
 from research.evaluate import evaluate_task, evaluate_text
+from research.mesh import prepare_devices
+from research.processes import Processes, joined_processes
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_trained
 from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serving, with_overrides
@@ -28,16 +30,21 @@ def main() -> None:
     )
     data.add_argument("--text", type=Path, metavar="FILE", help="score a text: loss in nats per token, perplexity")
     parser.add_argument("--window", type=int, metavar="N", help="with --text: tokens of context (default: all)")
-    print_result_line(evaluate(parse_arguments(parser)))
+    flags = parse_arguments(parser)
+    with joined_processes() as processes:
+        found = evaluate(flags, processes)
+        if processes.is_first:
+            print_result_line(found)
 
 
-def evaluate(flags: Namespace) -> dict[str, Any]:
+def evaluate(flags: Namespace, processes: Processes) -> dict[str, Any]:
     """Return the result of what the flags ask for."""
-    console = make_console()
+    console = make_console(quiet=not processes.is_first)
     opened = None
     if flags.checkpoint:
         opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
     experiment = _experiment(flags, opened.experiment if opened else None)
+    prepare_devices(experiment.mesh, processes.count)
     with serving(opened or flags.foundation, experiment, console) as served:
         if flags.text:
             return evaluate_text(served, flags.text, flags.window or 0, console)

@@ -13,6 +13,7 @@ from research.command_line import make_parser, parse_arguments
 from research.config import MeshConfig
 from research.errors import UserError, nearest, run_script
 from research.mesh import make_mesh, prepare_devices
+from research.processes import require_one_process
 from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
 from research.setup import setup_of
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="PATH", help="default: export-step-N… in the run's folder")
     flags = parse_arguments(parser)
     check_type(flags.format, flags.type)
+    require_one_process("export.py")
     console = make_console()
     opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
     output = flags.output or default_output(opened, flags.format, flags.type)

@@ -10,6 +10,7 @@ from research.command_line import make_parser, parse_arguments  # noqa: E402
 from research.config_file import load_experiment  # noqa: E402
 from research.errors import run_script  # noqa: E402
 from research.mesh import prepare_devices  # noqa: E402
+from research.processes import joined_processes  # noqa: E402
 from research.report import make_console  # noqa: E402
 from research.train.finetune import dry_run, finetune  # noqa: E402
 
@@ -24,13 +25,14 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="show coverage, mesh, padding and memory; train nothing")
     flags = parse_arguments(parser)
     experiment = load_experiment(flags.config, flags.overrides)
-    prepare_devices(experiment.mesh)
-    console = make_console()
-    if flags.dry_run:
-        dry_run(experiment, console)
-        return
     overrides = [f"--config.{name}={value}" for name, value in flags.overrides.items()]
-    finetune(experiment, flags.config, resume=flags.resume, overrides=overrides, console=console, started=STARTED)
+    with joined_processes() as processes:
+        prepare_devices(experiment.mesh, processes.count)
+        console = make_console(quiet=not processes.is_first)
+        if flags.dry_run:
+            dry_run(experiment, console)
+            return
+        finetune(experiment, flags.config, resume=flags.resume, overrides=overrides, console=console, started=STARTED)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from pathlib import Path
 from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
 from research.errors import UserError, run_script
+from research.mesh import prepare_devices
 from research.model.generate import Sampling, generate
+from research.processes import require_one_process
 from research.report import make_console, say
 from research.train.dry_run import say_cache
 from research.train.open_run import open_trained
@@ -34,7 +36,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"default: {MOST_TOKENS}, less where no more fit")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling at a temperature above 0; default: 0")
-    write(parse_arguments(parser))
+    flags = parse_arguments(parser)
+    require_one_process("generate.py")
+    write(flags)
 
 
 def write(flags: Namespace) -> None:
@@ -48,6 +52,7 @@ def write(flags: Namespace) -> None:
         opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
         experiment, may_change = opened.experiment, TO_GENERATE
     experiment = with_overrides(experiment, flags.overrides, may_change)
+    prepare_devices(experiment.mesh)
     with serving(opened or flags.foundation, experiment, console) as served:
         tokenizer, cut = served.tokenizer, False
         if opened and flags.task:

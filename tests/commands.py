@@ -44,6 +44,7 @@ def get_config():
 
 def make_project(path: Path) -> Path:
     """Fill a user's folder: a config, tiny.py, and its data, messages.jsonl."""
+    path.mkdir(exist_ok=True)
     (path / "tiny.py").write_text(CONFIG)
     words = np.random.default_rng(0)
     rows = []

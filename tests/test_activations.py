@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.quant.activations import dequantize_tokens, quantize_tokens
+from research.quant.activations import dequantize_tokens, quantize_static, quantize_tokens, statistic_of
 
 SHAPE = (3, 11, 4, 8)  # b t n h
 BOTH = pytest.mark.parametrize("axes", [(3,), (2, 3)], ids=["one axis", "two axes"])
@@ -60,6 +60,28 @@ def test_the_reciprocal_is_multiplied() -> None:
     codes, _ = jax.jit(quantize_tokens, static_argnums=1)(jnp.asarray(x_td), (1,))
     assert np.array_equal(codes, in_numpy(x_td, (1,))[0])
     assert not np.array_equal(codes, np.round(x_td / (absmax_t1 * np.float32(1 / 127)))), "no half tells them apart"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_static_codes_saturate(dtype: str) -> None:
+    """round-half-even(x · (1 / scale)), each operation rounded to float32; what rounds to ±127 is not beyond."""
+    x_btnh, scale = activations(dtype), np.float32(3.7)
+    steps = np.asarray(x_btnh).astype(np.float32) * (np.float32(1) / scale)
+    for quantize in (quantize_static, jax.jit(quantize_static)):
+        codes, inside = quantize(x_btnh, jnp.full((1, 1, 1), scale))
+        assert codes.dtype == jnp.int8 and inside.dtype == bool
+        np.testing.assert_array_equal(codes, np.clip(np.round(steps), -127, 127))
+        np.testing.assert_array_equal(inside, np.abs(steps) <= 127.5)
+    assert 0 < inside.mean() < 1
+    codes, inside = quantize_static(jnp.asarray([127.5, 127.6, -127.5, -128, 0.5, 1.5, np.nan]), jnp.ones(1))
+    assert codes[:-1].tolist() == [127, 127, -127, -127, 0, 2]
+    assert inside.tolist() == [True, False, True, False, True, True, False]
+
+
+def test_statistics_are_spelled_in_the_activation() -> None:
+    found = [statistic_of(f"int8{end}") for end in (":static:ema", ":static:99.9", ":static:100", "", ":group:32")]
+    assert found == ["ema", "99.9", "100", "", ""]
+    assert not any(map(statistic_of, ("int8:static:", "int8:static:max", "int8:static:9e1", "int8:static:-1")))
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])

@@ -1,4 +1,4 @@
-"""The two tables of axis rules against the mesh they name, and the specs they give."""
+"""The tables of axis rules against the mesh they name, and the specs they give."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.axes import ACTIVATION, ALPHABET, PARAM, AxisRules
+from research.axes import ACTIVATION, ALPHABET, PARAM, RESIDUAL, AxisRules
 from research.mesh import AXES
 
 
@@ -15,8 +15,10 @@ def test_specs_of_parameters_and_activations() -> None:
     assert rules.param("ldnh") == P(None, "fsdp", "tensor", None)
     assert rules.param("vd") == P("tensor", "fsdp")
     assert rules.param("lfd") == P(None, "tensor", "fsdp")
-    assert rules.activation("btd") == P(("data", "fsdp"), None, None)  # d is split in weights, not in activations
-    assert rules.activation("btnh") == P(("data", "fsdp"), None, "tensor", None)
+    rows = ("replica", "data", "fsdp")
+    assert rules.activation("btd") == P(rows, "context", None)  # d is split in weights, not in activations
+    assert rules.activation("btnh") == P(rows, "context", "tensor", None)
+    assert rules.residual("btd") == P(rows, ("context", "tensor"), None)
     assert rules.activation("") == P()
 
 
@@ -34,7 +36,7 @@ def test_unknown_letter_is_an_error(rule) -> None:
 
 
 def test_tables_name_only_letters_and_mesh_axes_that_exist() -> None:
-    for table in (PARAM, ACTIVATION):
+    for table in (PARAM, ACTIVATION, RESIDUAL):
         assert set(table) <= ALPHABET
         named = [axes if isinstance(axes, tuple) else (axes,) for axes in table.values() if axes is not None]
         assert {axis for axes in named for axis in axes} <= set(AXES)

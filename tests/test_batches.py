@@ -9,12 +9,14 @@ import grain
 import numpy as np
 import pytest
 
+from research.config import TrainConfig
 from research.errors import UserError
 from research.tasks.batches import (
     Batch,
     bucket,
     gather_examples,
-    label_logp,
+    label_rows,
+    label_sums,
     padding_share,
     scoring_batches,
     text_batches,
@@ -79,9 +81,16 @@ def assert_equal_batches(one: Batch, other: Batch) -> None:
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+def batches_of(examples: EncodedExamples, *, accumulate: int = 1, **budget: int) -> grain.MapDataset[tuple[Batch, ...]]:
+    """Return the training batches of a budget."""
+    train = TrainConfig(accumulate=accumulate, **budget)
+    rows = label_rows(examples, LENGTHS)
+    return training_batches(rows, train)
+
+
 def whole_batches(*arguments: Any, **settings: Any) -> grain.MapDataset[Batch]:
     """Return the training batches of steps that are not split into micro-batches."""
-    return training_batches(*arguments, **settings).map(lambda parts: parts[0])
+    return batches_of(*arguments, **settings).map(lambda parts: parts[0])
 
 
 # --- layout ---
@@ -98,7 +107,7 @@ def test_every_label_is_scored_as_if_it_stood_alone_behind_the_prompt() -> None:
 
 def test_a_training_row_holds_the_true_label_and_nothing_else() -> None:
     examples = make_examples(9)
-    dataset = whole_batches(examples, LENGTHS, seed=0, steps=3, batch_size=3)
+    dataset = whole_batches(examples, seed=0, steps=3, batch_size=3)
     for batch in dataset:
         for row, number in enumerate(used_numbers(batch)):
             answer = ANSWERS[examples.gold_e[number]]
@@ -109,7 +118,7 @@ def test_a_training_row_holds_the_true_label_and_nothing_else() -> None:
 
 def test_arrays_are_int32_and_their_sizes_are_few() -> None:
     examples = make_examples(100)
-    training = list(whole_batches(examples, LENGTHS, seed=0, steps=40, batch_size=4))
+    training = list(whole_batches(examples, seed=0, steps=40, batch_size=4))
     scoring = [scored.batch for scored in scoring_batches(examples, LENGTHS, batch_size=8)]
     for batches, size, slots in ((training, 4, 4), (scoring, 8, 2 + 3 + 4)):
         assert {array.dtype for batch in batches for array in batch} == {np.dtype(np.int32)}
@@ -138,7 +147,7 @@ def test_unused_places_are_zero_and_no_query_is_without_a_key() -> None:
 def test_every_epoch_uses_each_example_once_in_another_order() -> None:
     examples = make_examples(4 * 150)
     per_epoch = 150
-    dataset = whole_batches(examples, LENGTHS, seed=3, steps=2 * per_epoch, batch_size=4)
+    dataset = whole_batches(examples, seed=3, steps=2 * per_epoch, batch_size=4)
     epochs = [[used_numbers(dataset[step]) for step in range(start, start + per_epoch)] for start in (0, per_epoch)]
     for epoch in epochs:
         assert sorted(number for batch in epoch for number in batch) == list(range(600))
@@ -148,7 +157,7 @@ def test_every_epoch_uses_each_example_once_in_another_order() -> None:
 
 def test_an_epoch_leaves_out_what_fills_no_batch_and_never_the_same() -> None:
     examples = make_examples(11)
-    dataset = whole_batches(examples, LENGTHS, seed=0, steps=20, batch_size=4)
+    dataset = whole_batches(examples, seed=0, steps=20, batch_size=4)
     left_out = []
     for epoch in range(10):
         numbers = used_numbers(dataset[2 * epoch]) + used_numbers(dataset[2 * epoch + 1])
@@ -159,15 +168,15 @@ def test_an_epoch_leaves_out_what_fills_no_batch_and_never_the_same() -> None:
 
 def test_a_step_does_not_depend_on_what_was_read_before_nor_on_the_number_of_steps() -> None:
     examples = make_examples(300)
-    forward = list(whole_batches(examples, LENGTHS, seed=5, steps=200, batch_size=4))
-    fresh = whole_batches(examples, LENGTHS, seed=5, steps=500, batch_size=4)
+    forward = list(whole_batches(examples, seed=5, steps=200, batch_size=4))
+    fresh = whole_batches(examples, seed=5, steps=500, batch_size=4)
     for step in (199, 0, 74, 75, 76, 150):
         assert_equal_batches(fresh[step], forward[step])
 
 
 def test_a_slice_continues_where_it_begins_also_in_background_threads() -> None:
     examples = make_examples(60)
-    dataset = whole_batches(examples, LENGTHS, seed=5, steps=40, batch_size=4)
+    dataset = whole_batches(examples, seed=5, steps=40, batch_size=4)
     options = grain.ReadOptions(num_threads=3, prefetch_buffer_size=8)
     later = list(dataset[13:].to_iter_dataset(options))
     assert len(later) == 27
@@ -178,7 +187,7 @@ def test_a_slice_continues_where_it_begins_also_in_background_threads() -> None:
 def test_the_seed_decides_the_order() -> None:
     examples = make_examples(60)
     orders = [
-        [used_numbers(batch) for batch in whole_batches(examples, LENGTHS, seed=seed, steps=15, batch_size=4)]
+        [used_numbers(batch) for batch in whole_batches(examples, seed=seed, steps=15, batch_size=4)]
         for seed in (0, 0, 1, 2**32 - 1)
     ]
     assert orders[0] == orders[1]
@@ -187,32 +196,16 @@ def test_the_seed_decides_the_order() -> None:
     assert len({str(sorted(map(sorted, order))) for order in orders}) == 3
 
 
-@pytest.mark.parametrize("processes", [2, 3, 6])
-def test_processes_share_the_rows_of_one_batch(processes: int) -> None:
-    examples = make_examples(100)
-    settings = {"seed": 4, "steps": 30, "batch_size": 6}
-    whole = whole_batches(examples, LENGTHS, **settings)
-    parts = [
-        whole_batches(examples, LENGTHS, process_index=index, process_count=processes, **settings)
-        for index in range(processes)
-    ]
-    for step in range(30):
-        joined = Batch(*(np.concatenate(arrays) for arrays in zip(*(part[step] for part in parts), strict=True)))
-        assert_equal_batches(joined, whole[step])
-
-
 def test_batches_that_do_not_fit_are_the_users_mistake() -> None:
     examples = make_examples(7)
     with pytest.raises(UserError, match="train.batch_size=8 is larger than the training split of 7 examples"):
-        training_batches(examples, LENGTHS, seed=0, steps=1, batch_size=8)
-    with pytest.raises(UserError, match="batch_size=4 does not divide into train.accumulate=2 .* multiple of 6"):
-        training_batches(examples, LENGTHS, seed=0, steps=1, batch_size=4, accumulate=2, process_count=3)
+        batches_of(examples, seed=0, steps=1, batch_size=8)
 
 
 def test_micro_batches_are_the_rows_of_the_step_by_length() -> None:
     examples = make_examples(300)
-    whole = whole_batches(examples, LENGTHS, seed=2, steps=30, batch_size=12)
-    split = training_batches(examples, LENGTHS, seed=2, steps=30, batch_size=12, accumulate=3)
+    whole = whole_batches(examples, seed=2, steps=30, batch_size=12)
+    split = batches_of(examples, seed=2, steps=30, batch_size=12, accumulate=3)
     for step in range(30):
         parts = split[step]
         assert [len(part.tokens_bt) for part in parts] == [4, 4, 4]
@@ -227,10 +220,7 @@ def test_micro_batches_save_padding() -> None:
     examples = make_examples(300)
     shares = [
         padding_share(part for parts in dataset for part in parts)
-        for dataset in (
-            training_batches(examples, LENGTHS, seed=2, steps=30, batch_size=12, accumulate=parts)
-            for parts in (1, 3, 12)
-        )
+        for dataset in (batches_of(examples, seed=2, steps=30, batch_size=12, accumulate=parts) for parts in (1, 3, 12))
     ]
     assert shares[0] > shares[1] > shares[2]
 
@@ -239,7 +229,7 @@ def test_a_step_is_a_fair_sample_where_label_and_length_go_together() -> None:
     """Sorting by length across steps would give most steps one label only."""
     prompts = tuple(np.full(3 + 9 * (number % 2), 1000 + number, np.int32) for number in range(400))
     examples = replace(make_examples(400), prompts=prompts, gold_e=np.arange(400, dtype=np.int32) % 2)
-    steps = training_batches(examples, LENGTHS, seed=0, steps=40, batch_size=8, accumulate=4)
+    steps = batches_of(examples, seed=0, steps=40, batch_size=8, accumulate=4)
     mixed = [len({number % 2 for part in parts for number in used_numbers(part)}) == 2 for parts in steps]
     assert sum(mixed) >= 38  # a fair coin gives eight equal rows once in 128
 
@@ -264,13 +254,13 @@ def test_scoring_covers_each_example_once_and_finds_back() -> None:
         gather_examples([*pairs, pairs[0]], 21)
 
 
-def test_label_logp_sums_each_answer_and_ignores_unused_slots() -> None:
+def test_label_sums_take_each_answer_and_ignores_unused_slots() -> None:
     (scoring,) = scoring_batches(make_examples(2), LENGTHS, batch_size=3)
     batch = scoring.batch
     logp_ba = -batch.target_ba.astype(np.float32)
     logp_ba[batch.answer_ba == 0] = np.nan
     expected_y = [-sum(answer) for answer in ANSWERS]
-    np.testing.assert_array_equal(label_logp(batch, logp_ba, 3), [expected_y, expected_y, [0, 0, 0]])
+    np.testing.assert_array_equal(label_sums(batch, logp_ba, 3), [expected_y, expected_y, [0, 0, 0]])
 
 
 def test_bucket_is_the_smallest_that_fits() -> None:

@@ -94,7 +94,7 @@ def test_help_config_shows_the_values_that_a_run_would_have(argv, tensor, capsys
         parse_arguments(parser(), ["--help-config", *argv])
     assert left.value.code == 0
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"(Megatron layout). (default: {tensor})" in words
+    assert f"positions are. (default: {tensor})" in words
 
 
 def test_a_script_exits_with_2_and_one_line_on_stderr() -> None:

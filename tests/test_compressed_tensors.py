@@ -101,6 +101,31 @@ def test_channels_of_eight_bits(tmp_path: Path) -> None:
     assert bits(tensors[f"{module}_scale"]) == bits(o.scale[1].reshape(64, 1).astype(np.float32))
 
 
+def test_static_scales_of_activations(tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).uniform(0.01, 0.1, (2, 1, 1)).astype(np.float32)
+    leaves = {
+        path: replace(leaf, input_scale=inputs.reshape(2, *[1] * (leaf.codes.ndim - 1)))
+        if isinstance(leaf, native.StoredLeaf) and path.startswith("layers/")
+        else leaf
+        for path, leaf in whole_rows(int4_leaves()).items()
+    }
+    tensors, config = written(tmp_path / "x", leaves, "w8a8")
+    activations = config["config_groups"]["group_0"]["input_activations"]
+    assert (activations["dynamic"], activations["strategy"]) == (False, "tensor")
+    names = [name for name in tensors if name.endswith(".input_scale")]
+    assert len(names) == 14
+    for name in names:
+        assert bits(tensors[name]) == bits(inputs[int(name.split(".")[2])].reshape(1)), name
+    weights_only, config = written(tmp_path / "y", leaves, "w8a16")
+    assert config["config_groups"]["group_0"]["input_activations"] is None
+    assert not any("input_scale" in name for name in weights_only)
+    up = leaves[UP]
+    assert isinstance(up, native.StoredLeaf)
+    assert f"has a static scale of its activation, {UP} has none, and w8a8 holds one kind" in one_line(
+        lambda: written(tmp_path / "z", {**leaves, UP: replace(up, input_scale=None)}, "w8a8")
+    )
+
+
 def test_matrices_without_integer_codes_stay_float(tmp_path: Path) -> None:
     """And the engines are told so."""
     leaves = int4_leaves()

@@ -118,8 +118,12 @@ def test_rules_of_shipped_configs_reach_all_matrices_and_no_norm(path: Path) -> 
         assert len(matching) == (name not in NORMS), f"{name} is matched by {len(matching)} rules"
     for tables in (TABLES, TABLES[:1]):  # no rule is left without a parameter where the head is tied
         assert all(any(re.fullmatch(rule.match, name) for name in MATRICES + tables) for rule in rules)
-    expected = {"fp16_tp4": ("fp16", "none"), "bf16_tp4": ("bf16", "none")}.get(path.stem, ("int8", "int8"))
-    assert {(rule.weight, rule.activation) for rule in rules} == {expected}
+    expected = {
+        "fp16_tp4": {("fp16", "none")},
+        "bf16_tp4": {("bf16", "none")},
+        "int8_static_tp4": {("int8", "int8"), ("int8", "int8:static:99.99")},
+    }.get(path.stem, {("int8", "int8")})
+    assert {(rule.weight, rule.activation) for rule in rules} == expected
 
 
 def test_run_name_is_the_stem_unless_given(config) -> None:
@@ -233,7 +237,7 @@ def test_overrides_are_applied_together() -> None:
             "2",
             "--config.zzz: no such field; valid: checkpoint, evaluation, fold, foundation, kv_cache, logging, ",
         ),
-        ("mesh", "4", "--config.mesh: has no value of its own; set one of its fields: mesh.data, mesh.fsdp, "),
+        ("mesh", "4", "--config.mesh: has no value of its own; set one of its fields: mesh.replica, mesh.data, "),
         ("quantization", "int8", "--config.quantization: has no value of its own; set one of its fields: quantizat"),
         ("quantization.2.weight", "x", "--config.quantization.2.weight: no such field; did you mean 'quantization."),
         ("mesh.tensor", "two", "--config.mesh.tensor=two: give an integer"),

@@ -9,7 +9,9 @@ import pytest
 import tiny_training as tiny
 
 from research.model.placement import place_float
+from research.quant.optimizer import view
 from research.setup import make_setup, put_batch
+from research.train.metrics import distillation_sums
 from research.train.step import Teacher, make_step
 
 
@@ -19,11 +21,16 @@ def started() -> tiny.Run:
     return tiny.start(tiny.W8A8, off)
 
 
+def float_model(run: tiny.Run) -> tuple[Any, Any]:
+    """The teacher: graph and weights."""
+    setup = make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, run.mesh)
+    return setup.graph, place_float(tiny.foundation().__getitem__, setup.table, run.mesh)
+
+
 def distilled(share: float) -> tiny.Run:
     """A w8a8 run that learns from float weights; its own are a tenth off, which is more than the grid's noise."""
     run = started()
-    setup = make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, run.mesh)
-    teacher = Teacher(setup.graph, place_float(tiny.foundation().__getitem__, setup.table, run.mesh), share)
+    teacher = Teacher(*float_model(run), share)
     run.step = make_step(
         run.setup.graph, run.tx, tiny.OPTIMIZER, tiny.TRAIN, run.setup.table, run.mesh, run.state, teacher
     )
@@ -36,9 +43,21 @@ def gradients(run: tiny.Run) -> Any:
         return run.step.add(run.state, rows, run.step.zeros(), run.step.teacher_weights).gradients
 
 
+def divergence_gradients(run: tiny.Run) -> Any:
+    """Those of the divergence alone, without the training step."""
+    graph, weights = float_model(run)
+
+    def divergence(params: Any, rows: Any) -> jax.Array:
+        served = view(params, run.state.optimizer)
+        return distillation_sums(run.setup.graph, served, graph, weights, rows, tiny.TRAIN.loss_chunk).divergence
+
+    with jax.set_mesh(run.mesh):
+        return jax.jit(jax.grad(divergence))(run.state.params, put_batch(tiny.batch(), run.mesh))
+
+
 @pytest.mark.slow
 def test_the_share_mixes_both_losses() -> None:
-    task, both, teacher = (gradients(run) for run in (started(), distilled(0.25), distilled(1.0)))
+    task, both, teacher = gradients(started()), gradients(distilled(0.25)), divergence_gradients(started())
     for mixed, of_task, of_teacher in zip(*map(jax.tree.leaves, (both, task, teacher)), strict=True):
         wanted = 0.75 * np.asarray(of_task) + 0.25 * np.asarray(of_teacher)
         size = float(jnp.abs(of_task).max())

@@ -56,6 +56,14 @@ def test_it_shows_coverage_padding_and_memory() -> None:
     assert "KV cache" not in brief.getvalue()
 
 
+def test_a_schedule_that_goes_beyond_the_run_is_warned_of() -> None:
+    late = (Rule(match="layers/mlp/.*", weight="int4", earlier=(f"int8:{tiny.TRAIN.steps + 1}",)),)
+    setup = make_setup(tiny.ARCHITECTURE, late, tiny.TRAIN, make_mesh(MeshConfig()))
+    stream = io.StringIO()
+    describe_setup(setup, make_console(stream), table=False)
+    assert f"Warning: train.steps={tiny.TRAIN.steps} ends before 'layers/mlp/.*' is on int4" in stream.getvalue()
+
+
 def test_a_quantized_cache_is_told_of() -> None:
     """Two layers, keys and values, four heads after padding, of four codes and a float16 scale."""
     setup = make_setup(tiny.ARCHITECTURE, (), tiny.TRAIN, make_mesh(MeshConfig(tensor=4)), kv_cache="fp8_e4m3")

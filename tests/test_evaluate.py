@@ -35,8 +35,13 @@ MIXED = (  # every kind of product in one program: fp16 weights, weight-only int
 
 @pytest.mark.parametrize(
     ("rules", "tensor"),
-    ((tiny.W8A8, 4), pytest.param(MIXED, 1, marks=pytest.mark.slow), pytest.param(MIXED, 4, marks=pytest.mark.slow)),
-    ids=("w8a8-4", "mixed-1", "mixed-4"),
+    (
+        (tiny.W8A8, 4),
+        pytest.param(tiny.STATIC, 4, marks=pytest.mark.slow),
+        pytest.param(MIXED, 1, marks=pytest.mark.slow),
+        pytest.param(MIXED, 4, marks=pytest.mark.slow),
+    ),
+    ids=("w8a8-4", "static-4", "mixed-1", "mixed-4"),
 )
 def test_the_training_forward_is_the_evaluation_forward(rules: tuple[Rule, ...], tensor: int) -> None:
     """What the training step's own program says of an answer equals, bitwise, what evaluation says from int8 storage.

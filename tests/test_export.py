@@ -63,10 +63,10 @@ FOUR_BITS = (
 )
 
 
-EXPORTED = tiny.W8A8, GROUPS, pytest.param(FOUR_BITS, marks=pytest.mark.slow)
+EXPORTED = tiny.W8A8, GROUPS, tiny.STATIC, pytest.param(FOUR_BITS, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("rules", EXPORTED, ids=("w8a8", "groups", "four bits"))
+@pytest.mark.parametrize("rules", EXPORTED, ids=("w8a8", "groups", "static", "four bits"))
 def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     run = tiny.start(rules, tensor=4)
     setup, encoded = run.setup, encoded_weights(run.state)

@@ -17,8 +17,9 @@ from research.evaluate import load_examples
 from research.foundation import load_foundation
 from research.model.folding import FloatModel
 from research.report import make_console
+from research.tasks.batches import scoring_batches
 from research.tasks.encoding import EncodedExamples
-from research.train.fold import rotate_foundation, sample, smooth_foundation
+from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.open_run import open_trained
 
 FOLDED = ("--config", "tiny.py", "--config.run=folded", "--config.fold.rotate=true", "--config.fold.smooth=0.5")
@@ -67,9 +68,9 @@ def test_without_rotation_the_foundation_is_as_it_was() -> None:
 def test_examples_are_taken_from_all_over_the_split() -> None:
     prompts = tuple(np.array([number], np.int32) for number in range(100))
     examples = EncodedExamples(prompts=prompts, gold_e=np.arange(100, dtype=np.int32), answers=(), cut=0)
-    found = sample(examples, 4)
+    found = examples.take(spread(100, 4))
     assert [int(prompt[0]) for prompt in found.prompts] == found.gold_e.tolist() == [0, 33, 66, 99]
-    assert len(sample(examples, 1000).prompts) == 100
+    assert len(spread(100, 1000)) == 100
 
 
 @pytest.mark.foundation
@@ -79,12 +80,14 @@ def test_int8_loses_less_of_the_real_foundation(mesh_of: Callable[..., Mesh]) ->
     passage = (tiny.FIXTURES / "passage.txt").read_text(encoding="utf-8")
     tokens_bt = np.array([foundation.tokenizer.encode_document(passage)], np.int32)
     examples = load_examples(Experiment().task, foundation.tokenizer, make_console(), ("train",), print)
+    train = examples.splits["train"]
+    calibration = list(scoring_batches(train.take(spread(len(train.prompts), 64)), examples.config.lengths, 16))
     wanted_btv = folds.logits(FloatModel(foundation.architecture, foundation.read), tokens_bt=tokens_bt)
     found = {}
     for fold in (FoldConfig(), FoldConfig(smooth=0.5), FoldConfig(rotate=True), FoldConfig(rotate=True, smooth=0.5)):
         with jax.set_mesh(mesh):
             rotated = rotate_foundation(foundation, fold, print)
-            start = smooth_foundation(rotated, Experiment(fold=fold), examples, mesh, print)
+            start = smooth_foundation(rotated, fold, Experiment().train, calibration, mesh, print)
         quantized_btv = folds.logits(FloatModel(start.architecture, start.read), tiny.W8A8, tokens_bt=tokens_bt)
         found[fold.rotate, fold.smooth] = folds.divergence(wanted_btv, quantized_btv)
         print(f"rotate={fold.rotate} smooth={fold.smooth}: KL {found[fold.rotate, fold.smooth]:.4f} nats a token")

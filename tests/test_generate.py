@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from research.errors import UserError
 from research.model import generate as module
+from research.model.attention import Sight, in_order
 from research.model.generate import Sampling, generate, generate_batch
-from research.model.layers import visible
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
 
@@ -26,7 +26,7 @@ DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)
 @lru_cache
 def _model(policy: str, kv_cache: str = "float") -> tiny.Tiny:
     """Ten query heads share two kv heads, laid out for four ways: copies of the kv heads, and padded queries."""
-    rules = tiny.FLOAT if policy == "float" else tiny.W8A8
+    rules = {"float": tiny.FLOAT, "w8a8": tiny.W8A8, "static": tiny.STATIC}[policy]
     return tiny.make(tiny.GQA_10_2, rules, padded_for=4, kv_grid=GRIDS.get(kv_cache))
 
 
@@ -62,7 +62,13 @@ def test_cached_greedy_tokens_are_those_without_a_cache(policy: str, tokens: int
 
 
 @pytest.mark.parametrize(
-    "policy, kv_cache", [("w8a8", "float"), ("w8a8", "int8"), pytest.param("float", "fp8_e4m3", marks=SLOW)]
+    "policy, kv_cache",
+    [
+        ("w8a8", "float"),
+        ("w8a8", "int8"),
+        pytest.param("float", "fp8_e4m3", marks=SLOW),
+        pytest.param("static", "float", marks=SLOW),
+    ],
 )
 def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> None:
     """Two tokens at once, then one by one, in a cache that is longer than the text."""
@@ -72,8 +78,8 @@ def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> 
     @jax.jit
     def step(cache: Any, tokens_bt: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
         called, t = model.model(model.served), tokens_bt.shape[1]
-        mask_bts = visible(jnp.zeros((1, t), jnp.int32), jnp.zeros((1, 17), jnp.int32), start)
-        hidden_btd, cache = called(tokens_bt, (start + jnp.arange(t))[None], mask_bts, cache, start)
+        sight = Sight(in_order(jnp.zeros((1, t), jnp.int32), start), in_order(jnp.zeros((1, 17), jnp.int32)))
+        hidden_btd, cache = called(tokens_bt, (start + jnp.arange(t))[None], sight, cache, start)
         return called.logits(hidden_btd), cache
 
     empty, found = module._empty_cache(model.settings, 1, 17), []
@@ -124,7 +130,7 @@ def test_one_program_for_a_bucket_and_one_for_the_step_which_reuses_its_cache(
 ) -> None:
     _greedy(w8a8, PROMPT, 4)
     traces, caches, step = [], [], module._step
-    monkeypatch.setattr(module, "visible", lambda *arguments: traces.append(1) or visible(*arguments))
+    monkeypatch.setattr(module, "in_order", lambda *arguments: traces.append(1) or in_order(*arguments))
     monkeypatch.setattr(module, "_step", lambda *arguments: caches.append(arguments[3]) or step(*arguments))
     for prompt, tokens in ([1], 4), ([2] * 32, 9), ([3] * 17, 32):
         _greedy(w8a8, prompt, tokens)

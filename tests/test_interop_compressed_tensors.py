@@ -1,5 +1,6 @@
 """compressed-tensors reads our codes and scales, and transformers computes with them; see requirements-interop.txt."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from research.foundation import load_foundation
 from research.mesh import make_mesh
 from research.model.folding import FloatModel
 from research.model.transformer import causal
+from research.quant.nodes import is_encoded
 from research.setup import make_setup
 from research.tokenizer import Tokenizer
 from research.train.export import stored_leaves
@@ -32,9 +34,17 @@ MATRICES = (Rule(match="layers/.*", weight="int8", activation="int8"), Rule(matc
 PASSAGE = Path(__file__).parent / "fixtures" / "passage.txt"
 
 
-def quantized(source: Any, rules: tuple[Rule, ...]) -> tuple[tiny.Tiny, dict[str, native.Leaf]]:
-    """A model on its grids, and its leaves as an export gets them."""
+def quantized(
+    source: Any, rules: tuple[Rule, ...], input_scale: float = tiny.INPUT_SCALE
+) -> tuple[tiny.Tiny, dict[str, native.Leaf]]:
+    """A model on its grids, with that scale where it is static, and its leaves as an export gets them."""
+
+    def with_scale(w: Any) -> Any:
+        has_one = is_encoded(w) and w.input_scale is not None
+        return replace(w, input_scale=jax.numpy.full_like(w.input_scale, input_scale)) if has_one else w
+
     model = tiny.make(source, rules)
+    model = replace(model, weights=jax.tree.map(with_scale, model.weights, is_leaf=is_encoded))
     architecture = tiny.float_model(source).architecture
     setup = make_setup(architecture, rules, TrainConfig(), make_mesh(MeshConfig(), devices=jax.devices()[:1]))
     return model, dict(stored_leaves(model.weights, setup, 0))
@@ -149,6 +159,25 @@ def test_transformers_computes_what_w8a8_trains(
     monkeypatch.setattr(f"{module}.compute_dynamic_scales_and_zp", our_scale)
     agreement, divergence = compare("tiny, our activations", ours, theirs_of(theirs, tokens_bt))
     assert agreement >= 0.99 and divergence <= 2e-4
+
+
+@pytest.mark.parametrize(("input_scale", "bound"), ((0.1, 1e-5), (tiny.INPUT_SCALE, 1e-3)), ids=("wide", "saturated"))
+def test_transformers_computes_with_static_scales(tmp_path: Path, input_scale: float, bound: float) -> None:
+    """Scales bit for bit; what saturates below has the code -128 there, and -127 here.
+
+    Measured: KL 4.90e-07 and top-1 1.0000 where nothing saturates, 3.46e-04 and 0.9750 where much does.
+    """
+    rules = (replace(MATRICES[0], activation="int8:static:ema"), MATRICES[1])
+    model, leaves = quantized("gqa_9_3", rules, input_scale)
+    architecture, tokenizer = tiny.float_model("gqa_9_3").architecture, Tokenizer.load(tiny.FIXTURES / "gqa_9_3")
+    write_compressed_tensors(tmp_path / "x", leaves, architecture, tokenizer, "w8a8", METADATA)
+    theirs = load(tmp_path / "x")
+    found = {name: tensor for name, tensor in theirs.state_dict().items() if name.endswith(".input_scale")}
+    assert len(found) == 7 * architecture.layers
+    assert {float(scale) for scale in found.values()} == {float(np.float32(input_scale))}
+    tokens_bt = np.random.default_rng(0).integers(3, architecture.vocabulary, (8, 60))
+    _, divergence = compare(f"tiny, static {input_scale}", ours_of(model, tokens_bt), theirs_of(theirs, tokens_bt))
+    assert divergence <= bound
 
 
 def test_the_foundation_in_w8a8(tmp_path: Path) -> None:

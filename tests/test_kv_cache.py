@@ -1,4 +1,4 @@
-"""The cache's codes: one byte an element, the same on every mesh, what training sees, and no hindrance to gradients."""
+"""The cache's codes: one byte an element, the same on every mesh."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from research.quant.grid import GRIDS
-from research.quant.kv_cache import keep, keep_and_read_back, read_back
+from research.quant.kv_cache import keep, read_back
 from research.quant.nodes import Encoded
 
 SHAPE = (2, 5, 4, 16)  # b s k h
@@ -46,24 +46,9 @@ def test_bfloat16_is_rounded_once_when_it_is_read(name: str) -> None:
     np.testing.assert_array_equal(read_back(narrow), read_back(wide).astype(jnp.bfloat16))
 
 
-@GRIDS_OF_CACHES
-def test_training_sees_what_the_cache_holds_and_its_gradient_passes(name: str) -> None:
-    x_bskh, gradient = _heads(), jnp.asarray(np.random.default_rng(1).normal(size=SHAPE), jnp.float32)
-
-    @jax.jit
-    def train(x_bskh: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen, pull_back = jax.vjp(lambda x: keep_and_read_back(GRIDS[name], x), x_bskh)
-        return seen, pull_back(gradient)[0]
-
-    seen, passed = train(x_bskh)
-    np.testing.assert_array_equal(seen, read_back(kept(GRIDS[name], x_bskh)))
-    assert (seen != x_bskh).any()
-    np.testing.assert_array_equal(passed, gradient)
-
-
 def test_without_a_grid_nothing_changes() -> None:
     x_bskh = _heads()
-    assert keep(None, x_bskh) is x_bskh and read_back(x_bskh) is x_bskh and keep_and_read_back(None, x_bskh) is x_bskh
+    assert keep(None, x_bskh) is x_bskh and read_back(x_bskh) is x_bskh
 
 
 @GRIDS_OF_CACHES
@@ -80,6 +65,6 @@ def test_codes_and_scales_are_the_same_on_a_mesh(name: str, axis_type: AxisType,
 
 @GRIDS_OF_CACHES
 def test_what_is_not_finite_is_seen_in_its_head(name: str) -> None:
-    seen = np.asarray(keep_and_read_back(GRIDS[name], _heads().at[1, 2, 0, 3].set(jnp.nan)))
+    seen = np.asarray(read_back(kept(GRIDS[name], _heads().at[1, 2, 0, 3].set(jnp.nan))))
     broken = ~np.isfinite(seen).all(axis=-1)
     np.testing.assert_array_equal(np.argwhere(broken), [[1, 2, 0]])

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     "errors axes architecture architectures padding config comparison config_file command_line units environment",
-    "mesh quant kernels packages",
+    "mesh processes quant kernels packages",
     "model foundation formats tokenizer chat_template tasks",
     "train evaluate compare plan setup report results run_folder plot progress",
 )

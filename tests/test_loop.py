@@ -88,7 +88,7 @@ def _batch(step: int, length: int) -> Batch:
     branch_bt = np.zeros_like(tokens_bt)
     branch_bt[:, -1] = -1  # one of each row is padding
     slots_ba = np.ones((2, 3), np.int32)
-    return Batch(tokens_bt, branch_bt, branch_bt, slots_ba, slots_ba, slots_ba)
+    return Batch(tokens_bt, branch_bt, branch_bt, branch_bt, slots_ba, slots_ba, slots_ba)
 
 
 def experiment(steps: int, save_every: int = 0, log_every: int = 1, validate_every: int = 0) -> Experiment:
@@ -135,6 +135,14 @@ def test_checkpoints_lines_and_validations_come_when_due_and_at_the_end() -> Non
         (6, 0.6),
         (7, 0.7),
     ]
+
+
+def test_a_stop_that_another_process_was_asked_for_stops_this_one(monkeypatch) -> None:
+    asked = iter([False, True])
+    monkeypatch.setattr("research.train.loop.any_process", lambda here: here or next(asked))
+    seen = Recorder()
+    trained = seen.run(experiment(5))
+    assert trained.stopped and seen.saved == [(2, None)]
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

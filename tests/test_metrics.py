@@ -13,9 +13,9 @@ from flax import nnx
 from research.architecture import Architecture
 from research.config import MeshConfig
 from research.mesh import make_mesh
-from research.model.layers import visible
+from research.model.attention import mutual
 from research.model.placement import place_float
-from research.setup import Setup, make_setup, put_batch
+from research.setup import Setup, make_setup, put_batch, segments_of
 from research.tasks.batches import Batch
 from research.train.metrics import answer_nll, answers_against_teacher, distillation_sums, loss_sums, token_nll
 
@@ -42,7 +42,7 @@ def float_setup(tensor: int) -> tuple[Setup, Any]:
 def plain_logits(setup: Setup, weights: Any, batch: Batch) -> jax.Array:
     """All logits at the answers, [b, a, v], of the vocabulary without its padding."""
     model = nnx.merge(setup.graph, weights)
-    hidden_btd, _ = model(batch.tokens_bt, batch.position_bt, visible(batch.branch_bt, batch.branch_bt))
+    hidden_btd, _ = model(batch.tokens_bt, batch.position_bt, mutual(segments_of(batch)))
     logits_btv = model.embed.logits(hidden_btd)[:, :, : tiny.ARCHITECTURE.vocabulary]
     return jnp.take_along_axis(logits_btv, batch.source_ba[:, :, None], axis=1)
 
@@ -153,7 +153,7 @@ def test_full_logits_never_exist() -> None:
     shapes = {path: parameter.shape for path, parameter in setup.table.items()}
     weights = place_float(lambda path: np.zeros(setup.table[path].padding.logical, np.float32), setup.table, mesh)
     tokens_bt, slots_ba = np.zeros((b, t), np.int32), np.zeros((b, a), np.int32)
-    rows = Batch(tokens_bt, tokens_bt, tokens_bt, slots_ba, slots_ba, slots_ba + 1)
+    rows = Batch(tokens_bt, tokens_bt, tokens_bt, tokens_bt, slots_ba, slots_ba, slots_ba + 1)
     with jax.set_mesh(mesh):
         program = jax.jit(jax.grad(lambda w: loss_sums(setup.graph, w, rows, b * per_row).nll))
         text = program.lower(weights).compile().as_text()

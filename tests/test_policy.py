@@ -48,6 +48,31 @@ def test_groups_of_activations_divide_the_axis_and_go_with_those_of_the_weight()
         formats(weight="int8", activation="int8:group:0")
 
 
+def test_static_scales_are_one_for_each_stacked_tensor() -> None:
+    rules = (int8("embed/.*", activation="int8:static:99.9"), Rule(match=".*", weight="bf16", activation="int8"))
+    formats = Policy((int8("layers/.*q_dnh", activation="int8:static:ema"), *rules), LEAVES).formats(SHAPES)
+    assert {path: form.input_scale_shape for path, form in formats.items()} == {
+        "embed/table_vd": (1, 1),
+        "layers/attention/q_dnh": (3, 1, 1, 1),
+        "layers/attention/o_nhd": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"activation": "int8:static:100.5"}, "'int8:static:100.5'; give a percentile above 0, up to 100$"),
+        ({"activation": "int8:static:0"}, "'int8:static:0'; give a percentile above 0, up to 100$"),
+        ({"activation": "int8:static:emma"}, "is no grid of activations; did you mean 'int8:static:ema'"),
+        ({"activation": "int8:static:ema", "weight": "fp32"}, "and weight='fp32' has none; take a grid from the start"),
+        ({"activation": "int8:static:99", "end_step": 3}, "and end_step=3 has none; take a grid from the start"),
+    ],
+)
+def test_static_scales_that_cannot_be(rule: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Policy((Rule(**{"match": ".*", "weight": "int8"} | rule),))
+
+
 @pytest.mark.parametrize(
     ("granularity", "expected"),
     [

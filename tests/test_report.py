@@ -28,6 +28,7 @@ from research.report import (
     cost_footer,
     coverage_rows,
     describe_padding,
+    describe_positions,
     describe_sharding,
     make_console,
     next_commands,
@@ -213,6 +214,13 @@ def test_padding_in_words() -> None:
     few_kv = replace(SMOLLM, query_heads=16, kv_heads=2)
     table = parameter_table(few_kv, AxisRules(), {"data": 1, "fsdp": 1, "tensor": 8})
     assert describe_padding(table).endswith("; kv heads whole on every device"), "nothing is replicated in silence"
+
+
+def test_rows_that_stay_whole_between_products_are_told() -> None:
+    assert describe_positions((40, 64), {"context": 1, "tensor": 4}) == ""
+    assert describe_positions((40, 64), {"context": 4, "tensor": 1}) == ""
+    line = describe_positions((40, 60, 64), {"context": 2, "tensor": 4})
+    assert line.startswith("rows of 60 tokens don't divide over context×tensor=8; between products they are whole")
 
 
 def test_sharding_in_words() -> None:

@@ -29,6 +29,7 @@ from commands import (
 
 from research.formats import native
 from research.foundation import load_foundation
+from research.mesh import AXES
 from research.run_folder import SUMMARY_KEYS
 
 
@@ -92,7 +93,7 @@ def test_finetune_leaves_a_run(trained: tuple[Path, Done], summary: dict[str, An
     assert summary.keys() >= set(SUMMARY_KEYS)
     assert summary["quantized"] == summary["finetuned"] and summary["loss_quantized"] == summary["loss_finetuned"]
     assert summary["loss_finetuned"] < summary["loss_foundation"]
-    assert (summary["steps"], summary["mesh"]) == (STEPS, {"data": 1, "fsdp": 1, "tensor": 2})
+    assert (summary["steps"], summary["mesh"]) == (STEPS, dict.fromkeys(AXES, 1) | {"tensor": 2})
     assert summary["bytes_quantized"] == (path / "export" / "model.safetensors").stat().st_size
     assert len(losses(path)) == STEPS
 
@@ -166,7 +167,7 @@ def test_a_finished_run_goes_on_on_another_mesh_with_more_steps(folder: Path, tr
     np.testing.assert_allclose(found[4], wanted[4], rtol=1e-3)  # docs/decisions/0001-numerics.md
     np.testing.assert_allclose(found[5:STEPS], wanted[5:], rtol=2e-2)  # and it grows with the steps
     summary = json.loads((path / "summary.json").read_text())
-    assert (summary["steps"], summary["mesh"]) == (STEPS + 1, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert (summary["steps"], summary["mesh"]) == (STEPS + 1, dict.fromkeys(AXES, 1))
     config = json.loads((path / "config.json").read_text())
     assert config["mesh"] == summary["mesh"] and config["train"]["steps"] == STEPS + 1
 
@@ -183,7 +184,7 @@ def evaluated(folder: Path, trained: tuple[Path, Done]) -> dict[str, Any]:
 def test_evaluation_repeats_the_summary(evaluated: dict[str, Any], summary: dict[str, Any]) -> None:
     assert evaluated["loss"] == summary["loss_finetuned"] and evaluated["macro_f1"] == summary["finetuned"]
     assert evaluated["accuracy"] == summary["results"]["finetuned"]["accuracy"]["value"]
-    assert evaluated["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2} and evaluated["task"].startswith("own_data")
+    assert evaluated["mesh"] == dict.fromkeys(AXES, 1) | {"tensor": 2} and evaluated["task"].startswith("own_data")
     assert evaluated["tokens"] > evaluated["examples"] > 0
 
 
@@ -193,7 +194,7 @@ def test_evaluation_on_the_devices_that_the_user_simulates(folder: Path, evaluat
     newest = checkpoints(folder / "runs" / "tiny")[-1].relative_to(folder)
     arguments = ("--checkpoint", str(newest), "--config.mesh.data=2", "--config.mesh.tensor=-1")
     found = run(folder, "evaluate.py", *arguments, **eight).last
-    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert found["mesh"] == dict.fromkeys(AXES, 1) | {"data": 2, "tensor": 4}
     assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-3)  # docs/decisions/0001-numerics.md
     assert abs(found["accuracy"] - evaluated["accuracy"]) <= 1 / evaluated["examples"]
     done = finish(start(folder, "evaluate.py", "--checkpoint", str(newest), "--config.mesh.data=16", **eight))
@@ -247,9 +248,9 @@ def test_the_export_script_writes_what_other_engines_read(folder: Path, trained:
     score = ("evaluate.py", "--config", "tiny.py", "--foundation", str(folder / "hf"))
     assert call(*score).code == 0
     for flags, part in (
-        ("gguf", "--format gguf needs a --type: Q8_0, Q4_0, F16, BF16, F32"),
+        ("gguf", "--format gguf needs a --type: Q8_0, Q4_0, Q4_1, F16, BF16, F32"),
         ("huggingface", "--format huggingface needs a --type: float32, bfloat16"),
-        ("gguf --type Q8_1", "--type Q8_1: --format gguf has Q8_0, Q4_0, F16, BF16, F32; did you mean 'Q8_0'"),
+        ("gguf --type Q8_1", "--type Q8_1: --format gguf has Q8_0, Q4_0, Q4_1, F16, BF16, F32; did you mean 'Q8_0'"),
         ("safetensors --type F32", "--type F32 has no effect"),
         ("gguf --type F32", f"export-step-{STEPS}-F32.gguf exists already"),
         ("huggingface --type bfloat16 --output hf", "hf exists already"),
@@ -266,9 +267,7 @@ def test_the_untouched_foundation_is_evaluated(folder: Path, summary: dict[str, 
     (folder / "text.txt").write_text("A text with nothing but words, and then some more of them.")
     text = call("evaluate.py", *foundation, "--text", "text.txt").last
     assert text.keys() == {"loss", "tokens", "mesh", "perplexity", "window"}
-    assert text["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and text["perplexity"] == pytest.approx(
-        np.exp(text["loss"])
-    )
+    assert text["mesh"] == dict.fromkeys(AXES, 1) and text["perplexity"] == pytest.approx(np.exp(text["loss"]))
     windows = call("evaluate.py", *foundation, "--text", "text.txt", "--window", "8", "--config.mesh.data=2").last
     assert windows["tokens"] < text["tokens"] and windows["window"] == 8
 

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import jax
@@ -13,14 +14,17 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from research.model.product import Route
 from research.model.seam import einsum
-from research.quant.activations import dequantize_tokens, quantize_groups, quantize_tokens
+from research.quant.activations import dequantize_tokens, quantize_groups, quantize_static, quantize_tokens
 from research.quant.grid import GRIDS, calibrate, encode, find_offset
-from research.quant.nodes import Encoded, Quantized, stored
+from research.quant.nodes import Encoded, Quantized, stored, view_of
 
 SIZES = {"b": 4, "t": 3, "a": 3, "d": 64, "n": 8, "h": 32, "f": 128, "v": 12}
 PRODUCTS = ["btd,dnh->btnh", "btnh,nhd->btd", "bad,vd->bav"]
 GRANULARITIES = ["tensor", "channel", "group:32"]
+STATIC = "int8:static:ema"
+INPUT_SCALE = 0.015  # every twentieth of the random activations lies beyond 127 of these steps
 
 
 def _shape(axes: str) -> tuple[int, ...]:
@@ -56,17 +60,25 @@ def _w(subscripts: str, granularity: str = "channel", grid: str = "int8") -> Enc
     w = _normal(_axes(subscripts)[1], seed=7)
     shape = _scale_shape(subscripts, granularity)
     scale, offset = calibrate(GRIDS[grid], w, shape), find_offset(GRIDS[grid], w, shape)
-    codes = encode(GRIDS[grid], w, scale, offset)
-    return Encoded(codes, scale, GRIDS[grid], "float32", GRIDS[grid].held_dtype, offset)
+    codes, inputs = encode(GRIDS[grid], w, scale, offset), jnp.full((1,) * w.ndim, INPUT_SCALE, jnp.float32)
+    return Encoded(codes, scale, GRIDS[grid], "float32", GRIDS[grid].held_dtype, offset, inputs)
 
 
 def _view(w: Encoded, value: jax.Array) -> Quantized:
-    return Quantized(value, w.codes, w.scale, w.grid, w.dtype, w.offset)
+    return view_of(w, value)
+
+
+def _inside(x: jax.Array, activation: str) -> jax.Array:
+    """What no static scale saturates."""
+    return jnp.abs(x) <= 127.5 * INPUT_SCALE if activation == STATIC else jnp.ones(x.shape, bool)
 
 
 def _quantized(subscripts: str, x: jax.Array, activation: str = "int8") -> tuple[jax.Array, jax.Array]:
     x_axes, w_axes, _ = _axes(subscripts)
     contracted = tuple(i for i, axis in enumerate(x_axes) if axis in w_axes)
+    if activation == STATIC:
+        scale = jnp.full([1 if i in contracted else size for i, size in enumerate(x.shape)], INPUT_SCALE, jnp.float32)
+        return quantize_static(x, jnp.float32(INPUT_SCALE))[0], scale
     return quantize_tokens(x, contracted) if activation == "int8" else quantize_groups(x, contracted[-1], 32)
 
 
@@ -127,6 +139,7 @@ WEIGHTS_AND_ACTIVATIONS = [
 FORMS = [
     *((PRODUCTS[1], form) for form in [*WEIGHTS_AND_ACTIVATIONS, ("int8", "tensor", "int8")]),
     *itertools.product([PRODUCTS[0], PRODUCTS[2]], WEIGHTS_AND_ACTIVATIONS[::2]),
+    (PRODUCTS[1], ("int8", "group:32", STATIC)),
 ]
 
 
@@ -143,7 +156,7 @@ def test_product_of_integers_is_numpys(subscripts: str, form: tuple[str, str, st
 def test_a_value_changes_nothing(granularity: str) -> None:
     """Training (value, codes, scale) and serving (codes, scale) are the same numbers."""
     x, w = _x("btnh,nhd->btd"), _w("btnh,nhd->btd", granularity)
-    for activation in ("int8", "int8:group:32"):
+    for activation in ("int8", "int8:group:32", STATIC):
         trained = _product("btnh,nhd->btd", x, _view(w, w.decode()), activation=activation)
         np.testing.assert_array_equal(trained, _product("btnh,nhd->btd", x, stored(w), activation=activation))
 
@@ -152,12 +165,16 @@ STRAIGHT = [
     *((subscripts, "channel", "int8") for subscripts in PRODUCTS),
     (PRODUCTS[1], "group:32", "int8"),
     (PRODUCTS[1], "group:32", "int8:group:32"),
+    (PRODUCTS[1], "channel", STATIC),
 ]
 
 
 @pytest.mark.parametrize("subscripts, granularity, activation", STRAIGHT)
 def test_gradient_is_straight_through(subscripts: str, granularity: str, activation: str) -> None:
-    """That of a fake quantizer with the identity as its derivative: the plain product's, at x̂ and ŵ."""
+    """That of a fake quantizer with the identity as its derivative: the plain product's, at x̂ and ŵ.
+
+    Of a static one, which clips, the derivative is 0 beyond its range.
+    """
     x, w = _x(subscripts), _w(subscripts, granularity)
     g = _normal(_axes(subscripts)[2], seed=3)
 
@@ -168,8 +185,10 @@ def test_gradient_is_straight_through(subscripts: str, granularity: str, activat
     @jax.jit
     def fake(x: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_hat = dequantize_tokens(*_quantized(subscripts, x, activation), jnp.dtype("float32"))
-        return jax.vjp(partial(jnp.einsum, subscripts), x_hat, value)[1](g)
+        dx, dw = jax.vjp(partial(jnp.einsum, subscripts), x_hat, value)[1](g)
+        return jnp.where(_inside(x, activation), dx, 0), dw
 
+    assert bool(_inside(x, activation).all()) == (activation != STATIC)
     for found, expected in zip(ours(x, w.decode()), fake(x, w.decode()), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -193,9 +212,25 @@ def test_cast_grids_multiply_their_values() -> None:
     subscripts = "bad,vd->bav"
     x, w = _x(subscripts), _w(subscripts, grid="fp16")
     x_hat = dequantize_tokens(*_quantized(subscripts, x), jnp.dtype("float32"))
-    for activation, factor in (("int8", x_hat), ("none", x)):
+    clipped = dequantize_tokens(*_quantized(subscripts, x, STATIC), jnp.dtype("float32"))
+    for activation, factor in (("int8", x_hat), ("none", x), (STATIC, clipped)):
         found = _product(subscripts, x, stored(w), activation=activation)
         np.testing.assert_array_equal(found, jnp.einsum(subscripts, factor, w.codes.astype(jnp.float32)))
+
+
+def test_cast_grids_have_the_clipped_gradient_with_a_static_scale() -> None:
+    subscripts = "bad,vd->bav"
+    x, w, g = _x(subscripts), _w(subscripts, grid="fp16"), _normal("bav", seed=3)
+    dx = jax.vjp(lambda x: einsum(subscripts, x, _view(w, w.decode()), activation=STATIC), x)[1](g)[0]
+    expected = jax.vjp(lambda x: jnp.einsum(subscripts, x, w.decode()), x)[1](g)[0]
+    np.testing.assert_array_equal(dx, jnp.where(_inside(x, STATIC), expected, 0))
+
+
+def test_a_static_scale_comes_with_the_weight() -> None:
+    w = _w("bad,vd->bav")
+    for weight in (w.decode(), replace(stored(w), input_scale=None)):
+        with pytest.raises(ValueError, match="'int8:static:ema' needs a weight with an input_scale"):
+            einsum("bad,vd->bav", _x("bad,vd->bav"), weight, activation=STATIC)
 
 
 def test_weight_only_int8_multiplies_the_decoded_weight() -> None:
@@ -229,6 +264,18 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_in_its_token() -> None:
     assert not y[0, 0].any()
     broken = ~np.isfinite(y).all(axis=(2, 3))
     np.testing.assert_array_equal(np.argwhere(broken), [[1, 1], [2, 2]])
+
+
+def test_a_static_scale_shows_what_is_not_finite_in_training() -> None:
+    """Serving saves the reduction that this takes, and gives the other tokens the same bits."""
+    w, x = _w("btd,dnh->btnh"), _x("btd,dnh->btnh")
+    broken = x.at[1, 1, 5].set(jnp.nan).at[2, 2, 5].set(jnp.inf).at[0, 0].set(0)
+    trained = np.asarray(_product("btd,dnh->btnh", broken, _view(w, w.decode()), activation=STATIC))
+    np.testing.assert_array_equal(np.argwhere(~np.isfinite(trained).all(axis=(2, 3))), [[1, 1], [2, 2]])
+    served = np.asarray(_product("btd,dnh->btnh", broken, stored(w), activation=STATIC))
+    others = np.isfinite(trained)
+    np.testing.assert_array_equal(served[others], trained[others])
+    assert not served[0, 0].any()
 
 
 def test_output_axes_in_another_order_are_refused() -> None:
@@ -266,17 +313,37 @@ def test_sums_are_the_same_on_every_mesh(
     assert not contraction_split or "f32" in reduced  # a token's absolute maximum: exact, too
 
 
+def test_serving_with_a_static_scale_looks_for_no_maximum(mesh_of: Callable[..., Mesh]) -> None:
+    """With a split contraction the integer sums are all that devices exchange; a dynamic scale is a maximum more."""
+    subscripts, mesh = "btf,fd->btd", mesh_of(tensor=4)
+    x, w = _x(subscripts), _w(subscripts)
+    put = lambda array, *entries: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*entries)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        split = replace(stored(w), codes=put(w.codes, "tensor"), scale=put(w.scale), input_scale=put(w.input_scale))
+        arguments = put(x, None, None, "tensor"), split
+        program = _product.lower(subscripts, *arguments, activation=STATIC).compile()
+        found = program(*arguments)
+    np.testing.assert_array_equal(found, _reference(subscripts, x, w, STATIC))
+    assert re.findall(r"= (\w+)\[[^=]*all-reduce\(", program.as_text()) == ["s32"]
+
+
 BLOCKED = [
     pytest.param(
         {"fsdp": 2, "tensor": 2},
         ("fsdp", None, None),
-        ("fsdp", "tensor"),
-        ("fsdp", None, "tensor"),
+        ("fsdp", "tensor", None),
+        ("fsdp", None, "tensor", None),
         PRODUCTS[0],
         id="columns",
     ),
     pytest.param(
-        {"tensor": 4}, (None, None, "tensor"), ("tensor", None), (), "btf,fd->btd", id="rows", marks=pytest.mark.slow
+        {"tensor": 4},
+        (None, None, "tensor"),
+        ("tensor", None),
+        (None, None, None),
+        "btf,fd->btd",
+        id="rows",
+        marks=pytest.mark.slow,
     ),
 ]
 
@@ -292,8 +359,9 @@ def test_blocks_on_a_mesh(
 
     @jax.jit
     def product(x: jax.Array, w: Quantized) -> jax.Array:
-        specs = {"spec": PartitionSpec(*y_spec), "x_spec": PartitionSpec(*x_spec)}
-        return einsum(subscripts, x, w, activation="int8:group:32", **specs)
+        w_used = (None if entry == "fsdp" else entry for entry in w_spec)
+        route = Route(*(PartitionSpec(*spec) for spec in (x_spec, x_spec, w_spec, w_used, y_spec)))
+        return einsum(subscripts, x, w, activation="int8:group:32", route=route)
 
     with jax.set_mesh(mesh):
         split = Quantized(None, put(w.codes, w_spec), put(w.scale, w_spec), w.grid, w.dtype)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.mesh import make_mesh
 from research.quant.grid import GRIDS
-from research.setup import batch_ways, make_setup, put_batch, require_batch_fits, setup_of
+from research.setup import batch_ways, make_setup, put_batch, require_batch_fits, setup_of, unreached_grids
 
 
 def test_a_setup_joins_padding_formats_and_activations() -> None:
@@ -45,10 +45,27 @@ def test_an_experiment_s_formats_reach_the_model_and_the_cache() -> None:
     assert "kv_cache='int7'" in one_line(lambda: Experiment(kv_cache="int7"))
 
 
+def test_a_run_that_ends_before_a_rule_s_last_grid_is_told_so() -> None:
+    rules = (
+        Rule(match="a", weight="int4"),
+        Rule(match="b", weight="int2", earlier=("int8:10", "int4:20")),
+        Rule(match="c", weight="int4", end_step=30, anneal="parq"),
+    )
+    assert [[line.split("'")[1] for line in unreached_grids(rules, steps)] for steps in (19, 20, 29, 30)] == [
+        ["b", "c"],
+        ["c"],
+        ["c"],
+        [],
+    ]
+    (line,) = unreached_grids(rules[:2], 19)
+    assert "train.steps=19 ends before 'b' is on int2, which begins at step 20; give 20 steps" in line
+
+
 @pytest.mark.parametrize(
     ("batch_size", "accumulate", "sizes", "valid"),
     (
         (8, 2, {"data": 2, "fsdp": 2}, None),
+        (6, 1, {"replica": 2, "data": 2}, "4, 8, 16, 32"),
         (6, 1, {"data": 4}, "4, 8, 16, 32"),
         (12, 2, {"data": 2, "fsdp": 2}, "8, 16, 32"),
     ),
@@ -56,21 +73,38 @@ def test_an_experiment_s_formats_reach_the_model_and_the_cache() -> None:
 def test_a_batch_must_divide_over_the_mesh(
     batch_size: int, accumulate: int, sizes: dict[str, int], valid: str | None
 ) -> None:
-    experiment = Experiment(train=TrainConfig(batch_size=batch_size, accumulate=accumulate))
+    train = TrainConfig(batch_size=batch_size, accumulate=accumulate)
     mesh = make_mesh(MeshConfig(**sizes, tensor=2))
     assert batch_ways(mesh) == 4
     if valid is None:
-        require_batch_fits(experiment, mesh)  # raises nothing
+        require_batch_fits(train, (40, 64), mesh)  # raises nothing
         return
-    line = one_line(lambda: require_batch_fits(experiment, mesh))
+    line = one_line(lambda: require_batch_fits(train, (40, 64), mesh))
     assert f"train.batch_size={batch_size}" in line and valid in line
 
 
-def test_rows_of_a_batch_are_split_over_data_and_fsdp() -> None:
+def test_lengths_must_divide_over_the_context_axis() -> None:
+    mesh = make_mesh(MeshConfig(context=8))
+    require_batch_fits(TrainConfig(), (40, 64), mesh)
+    line = one_line(lambda: require_batch_fits(TrainConfig(), (40, 60, 64), mesh))
+    assert "rows of 60 tokens don't divide over mesh.context=8" in line and line.endswith("e.g. 64")
+
+
+def test_rows_of_a_batch_are_split_over_replica_data_and_fsdp() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = tiny.batch()
     placed = put_batch(rows, mesh)
     for host, array in zip(rows, placed, strict=True):
         np.testing.assert_array_equal(host, array)
-        assert array.sharding.spec == PartitionSpec(("data", "fsdp"))
+        assert array.sharding.spec == PartitionSpec(("replica", "data", "fsdp"))
         assert array.addressable_shards[0].data.shape == (2, *host.shape[1:])
+
+
+def test_tokens_are_dealt_out_so_that_the_devices_of_a_context_share_the_work() -> None:
+    mesh, rows = make_mesh(MeshConfig(context=2, data=4)), tiny.batch()
+    placed = put_batch(rows, mesh)
+    order_t = [0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8]
+    for name in ("tokens_bt", "position_bt", "index_bt", "branch_bt"):
+        np.testing.assert_array_equal(getattr(placed, name), getattr(rows, name)[:, order_t])
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(placed.index_bt), placed.source_ba, 1), rows.source_ba)
+    np.testing.assert_array_equal(placed.target_ba, rows.target_ba)

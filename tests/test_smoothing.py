@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.architecture import Architecture
 from research.axes import AxisRules
+from research.model.attention import Segments
 from research.model.folding import FloatModel, rotate
 from research.model.smoothing import BOUNDARIES, input_maxima, logical_maxima, smooth, smoothing_factors
 
@@ -65,10 +66,12 @@ def test_the_calibration_is_the_same_on_a_mesh(source: Architecture, mesh_of: Ca
     placed = tiny.make(model, mesh=mesh)
     rows = NamedSharding(mesh, AxisRules().activation("bt"))
     position_bt = np.broadcast_to(np.arange(folds.LENGTH, dtype=np.int32), (folds.ROWS, folds.LENGTH))
-    arrays = (folds.tokens(), position_bt, np.zeros_like(position_bt))
+    arrays = (folds.tokens(), position_bt, position_bt, np.zeros_like(position_bt))
     with jax.set_mesh(mesh):
         see = jax.jit(
-            lambda *arguments: input_maxima(placed.settings, *arguments),
+            lambda weights, tokens, position, *parts: input_maxima(
+                placed.settings, weights, tokens, position, Segments(*parts)
+            ),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
         seen = see(placed.weights, *(jax.device_put(array, rows) for array in arrays))

@@ -16,7 +16,7 @@ from tiny_tokenizers import byte_level
 from research.architecture import RopeScaling
 from research.config import Experiment, MeshConfig, Rule
 from research.config_file import from_json
-from research.mesh import make_mesh
+from research.mesh import AXES, make_mesh
 from research.model.placement import layout
 from research.quant.nodes import Encoded
 from research.quant.optimizer import is_on_grid
@@ -73,6 +73,7 @@ ROUND = (
     pytest.param(tiny.W8A8, SHORT_WAY, id="w8a8, short"),
     pytest.param(tiny.W8A8, LONG_WAY, id="w8a8, long", marks=pytest.mark.slow),
     pytest.param(SCHEDULED, LONG_WAY, id="scheduled, long", marks=pytest.mark.slow),
+    pytest.param(tiny.STATIC, LONG_WAY, id="static, long", marks=pytest.mark.slow),
 )
 
 
@@ -105,8 +106,9 @@ def test_state_goes_round_the_meshes_unchanged(
         pytest.param(tiny.FLOAT, marks=pytest.mark.slow),
         LEARNED,
         pytest.param(SCHEDULED, marks=pytest.mark.slow),
+        pytest.param(tiny.STATIC, marks=pytest.mark.slow),
     ),
-    ids=("w8a8", "float", "learned and annealed", "scheduled"),
+    ids=("w8a8", "float", "learned and annealed", "scheduled", "static"),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
     sizes = {"tensor": 4}
@@ -181,7 +183,7 @@ def test_metadata_survives_json() -> None:
     assert from_json(metadata["experiment"]) == experiment
     assert architecture_of(metadata) == begun.architecture
     assert tokenizer_of(metadata) == begun.tokenizer
-    assert metadata["mesh"] == {"data": 1, "fsdp": 1, "tensor": 4} and metadata["versions"]["jax"] == jax.__version__
+    assert metadata["mesh"] == dict.fromkeys(AXES, 1) | {"tensor": 4} and metadata["versions"]["jax"] == jax.__version__
     assert question(TASK).items() <= metadata["task"].items()
     require_same_run(metadata, begun, TASK)  # raises nothing
 

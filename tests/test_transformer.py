@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from research.architecture import Architecture
 from research.axes import AxisRules
 from research.config import Rule
-from research.model.layers import visible
+from research.model.attention import in_order, mutual
 from research.model.placement import array_bytes, bytes_per_device
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
@@ -120,14 +120,24 @@ GROUPED = (
 )
 
 
+# Static scales, beside weights with one scale a channel and in groups.
+STATIC = (
+    Rule(match="layers/attention/o.*", weight="int8", granularity="group:4", activation="int8:static:ema"),
+    *tiny.STATIC,
+)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("rules", [GROUPED, STATIC], ids=["groups", "static"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_groups_on_a_mesh_are_those_of_one_device(axis_type: AxisType, mesh_of: Callable[..., Mesh]) -> None:
+def test_groups_and_static_scales_on_a_mesh_are_those_of_one_device(
+    axis_type: AxisType, rules: tuple[Rule, ...], mesh_of: Callable[..., Mesh]
+) -> None:
     """Kv heads whole on each device, query heads split: the out-projection's blocks are added device by device."""
     mesh = mesh_of(axis_type, fsdp=2, tensor=4)
-    model = tiny.make(tiny.GQA_10_2, GROUPED, mesh)
+    model = tiny.make(tiny.GQA_10_2, rules, mesh)
     logits_btv, gradients = _train(model, mesh)
-    expected_btv, expected_gradients = _single(tiny.GQA_10_2, GROUPED)
+    expected_btv, expected_gradients = _single(tiny.GQA_10_2, rules)
     assert _relative(logits_btv, expected_btv) < PARITY
     assert _worst(model.unpad(gradients), expected_gradients) < PARITY
     np.testing.assert_array_equal(logits_btv, _logits(model, _tokens(), mesh))  # from codes alone
@@ -137,10 +147,13 @@ PADDED = [
     pytest.param(tiny.GQA_9_3, tiny.FLOAT, "float", 1, marks=pytest.mark.slow),
     pytest.param(tiny.GQA_10_2, tiny.W8A8, "float", 2, marks=pytest.mark.slow),
     pytest.param(tiny.GQA_9_3, tiny.W8A8, "int8", 1, marks=pytest.mark.slow),
+    pytest.param(tiny.GQA_9_3, tiny.STATIC, "float", 1, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("architecture, rules, kv_cache, copies", PADDED, ids=["9/3 float", "10/2 w8a8", "9/3 w8a8kv8"])
+@pytest.mark.parametrize(
+    "architecture, rules, kv_cache, copies", PADDED, ids=["9/3 float", "10/2 w8a8", "9/3 w8a8kv8", "static"]
+)
 def test_padding_is_neutral(architecture: Architecture, rules: tuple[Rule, ...], kv_cache: str, copies: int) -> None:
     """Laid out for four ways on one device: one more group of heads, or shared kv heads and a query more in a group."""
     padded = tiny.make(architecture, rules, padded_for=4, kv_grid=GRIDS.get(kv_cache))
@@ -176,7 +189,7 @@ def _influence() -> Callable[..., np.ndarray]:
 
     def logits(table_vd: jax.Array, tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array) -> jax.Array:
         called = model.model({**model.weights, "embed": {"table_vd": table_vd}})
-        hidden_btd, _ = called(tokens_bt, position_bt, visible(branch_bt, branch_bt))
+        hidden_btd, _ = called(tokens_bt, position_bt, mutual(in_order(branch_bt)))
         return jnp.tanh(called.logits(hidden_btd)).sum(axis=(0, 2))
 
     jacobian = jax.jit(jax.jacrev(logits))
@@ -217,7 +230,7 @@ def test_a_branch_has_the_logits_that_it_has_alone() -> None:
     @jax.jit
     def logits(tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array) -> jax.Array:
         called = model.model(model.weights)
-        return called.logits(called(tokens_bt, position_bt, visible(branch_bt, branch_bt))[0])[0]
+        return called.logits(called(tokens_bt, position_bt, mutual(in_order(branch_bt)))[0])[0]
 
     tokens_bt, position_bt, branch_bt = _text([0, 0, 0, 1, 1, 2, 2, 2, -1, -1])
     kept, rest = [0, 1, 2, 5, 6, 7], [3, 4, 8, 9]

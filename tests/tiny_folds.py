@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from research.architecture import Architecture
 from research.axes import AxisRules
 from research.config import Rule
+from research.model.attention import Segments
 from research.model.folding import FloatModel
 from research.model.layers import tree_of
 from research.model.parameters import TABLE
@@ -75,7 +76,8 @@ def maxima_of(model: FloatModel, branch_bt: np.ndarray | None = None) -> dict[st
     weights = tree_of({path: model.read(path) for path in settings.table})
     position_bt = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
     branch_bt = np.zeros((ROWS, LENGTH), np.int32) if branch_bt is None else branch_bt
-    seen = jax.jit(lambda *arrays: input_maxima(settings, *arrays))(weights, tokens(), position_bt, branch_bt)
+    segments = Segments(position_bt, branch_bt)
+    seen = jax.jit(lambda *arrays: input_maxima(settings, *arrays))(weights, tokens(), position_bt, segments)
     return logical_maxima(seen, settings.table)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,7 +21,7 @@ from research.model.layers import Settings, tree_of
 from research.model.placement import shardings
 from research.model.transformer import Transformer, graph_of, make_settings
 from research.quant.grid import calibrate, encode, find_offset
-from research.quant.nodes import Encoded, Quantized, is_encoded, stored
+from research.quant.nodes import Encoded, is_encoded, stored, view_of
 from research.quant.policy import Format, Policy
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -34,6 +35,8 @@ GQA_10_2 = replace(GQA_9_3, query_heads=10, kv_heads=2)
 
 FLOAT: tuple[Rule, ...] = ()
 W8A8 = (Rule(match=".*", weight="int8", activation="int8"),)
+STATIC = (Rule(match=".*", weight="int8", activation="int8:static:ema"),)
+INPUT_SCALE = 0.015  # of static activations: some of a norm's output lies beyond 127 of these steps
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Tiny:
         """The weights as the training step calls the model with them: value, codes and scales."""
 
         def one(w: Any, p: jax.Array) -> Any:
-            return Quantized(p, w.codes, w.scale, w.grid, w.dtype, w.offset) if is_encoded(w) else p
+            return view_of(w, p) if is_encoded(w) else p
 
         return jax.tree.map(one, self.weights, params, is_leaf=is_encoded)
 
@@ -155,7 +158,10 @@ def _encode(w: jax.Array, form: Format | None) -> Any:
         return w
     scale = calibrate(form.grid, w, form.scale_shape, numbers=form.rule.scale, elements=form.elements)
     offset = find_offset(form.grid, w, form.scale_shape)
-    return Encoded(encode(form.grid, w, scale, offset), scale, form.grid, "float32", form.held_dtype, offset)
+    shape = form.input_scale_shape
+    inputs = None if shape is None else jnp.full(shape, INPUT_SCALE, jnp.float32)
+    codes = encode(form.grid, w, scale, offset)
+    return Encoded(codes, scale, form.grid, "float32", form.held_dtype, offset, inputs)
 
 
 def _map_encoded(function: Callable[[Encoded], Any], weights: dict[str, Any]) -> dict[str, Any]:

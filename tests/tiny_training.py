@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkpoints import quiet
 from jax.sharding import Mesh
 
 from research.architecture import Architecture
@@ -17,6 +18,7 @@ from research.model.parameters import parameter_table
 from research.model.placement import place_float
 from research.setup import Setup, make_setup, put_batch
 from research.tasks.batches import Batch
+from research.train.calibrate import calibrate_inputs
 from research.train.step import Step, StepMetrics, TrainState, make_optimizer, make_state, make_step
 
 # 9 query and 3 kv heads, 50 hidden units and 67 words divide by none of the meshes' sizes but 1.
@@ -30,6 +32,11 @@ ROWS, LENGTH, SLOTS = 8, 12, 3
 FLOAT: tuple[Rule, ...] = ()
 WEIGHT_ONLY = (Rule(match=".*", weight="int8"),)
 W8A8 = (Rule(match=".*", weight="int8", activation="int8"),)
+STATIC = (  # both statistics, and beside integers a cast grid, whose products are of floats
+    Rule(match="layers/(mlp/.*|attention/q.*)", weight="int8", activation="int8:static:97"),
+    Rule(match="layers/attention/v.*", weight="fp16", activation="int8:static:ema"),
+    Rule(match=".*", weight="int8", activation="int8:static:ema"),
+)
 
 
 def foundation(seed: int = 0, architecture: Architecture = ARCHITECTURE) -> dict[str, np.ndarray]:
@@ -50,7 +57,9 @@ def batch(seed: int = 0) -> Batch:
     position_bt = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     source_ba = np.tile(np.arange(LENGTH - SLOTS - 1, LENGTH - 1, dtype=np.int32), (ROWS, 1))
     ones_ba = np.ones((ROWS, SLOTS), np.int32)
-    return Batch(tokens_bt, position_bt, np.zeros_like(tokens_bt), source_ba, tokens_bt[:, -SLOTS:], ones_ba)
+    return Batch(
+        tokens_bt, position_bt, position_bt, np.zeros_like(tokens_bt), source_ba, tokens_bt[:, -SLOTS:], ones_ba
+    )
 
 
 @dataclass
@@ -110,7 +119,8 @@ def _program(
 
 
 def _state(setup: Setup, tx: Any, weights: dict[str, np.ndarray], mesh: Mesh) -> TrainState:
-    return make_state(tx, place_float(weights.__getitem__, setup.table, mesh), setup.table, mesh)
+    state = make_state(tx, place_float(weights.__getitem__, setup.table, mesh), setup.table, mesh)
+    return calibrate_inputs(state, setup, [batch(100), batch(101)], quiet)
 
 
 @jax.jit

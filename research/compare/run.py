@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from research.compare.plot import plot_comparison
 from research.compare.scores import DocumentScores, Figures, figures_of, make_document_score, score_documents
 from research.compare.sensitivity import find_sensitivity
 from research.compare.table import render_comparison, render_sensitivity
-from research.comparison import Comparison
+from research.comparison import NO_FOLD, Comparison
+from research.config import TrainConfig
 from research.config_file import differences, from_json, to_json
 from research.environment import peak_host_bytes, versions
 from research.errors import Stopped, UserError
@@ -26,8 +27,10 @@ from research.model.placement import place_float
 from research.progress import Progress
 from research.report import say
 from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
-from research.setup import Setup, make_setup
-from research.tasks.batches import window_training_batches
+from research.setup import Setup, setup_of, whole_rows
+from research.tasks.batches import TrainingOrder, TrainingRows, training_batches
+from research.train.calibrate import calibrate_inputs
+from research.train.fold import spread
 from research.train.loop import train
 from research.train.state import encoded_weights, serving_weights
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
@@ -52,8 +55,11 @@ def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) 
     path = Path("runs") / f"{comparison.run}-sensitivity"
     with RunFolder.create(path, to_json(comparison)), jax.set_mesh(make_mesh(comparison.mesh)):
         bench = make_bench(comparison, console)
+        folded = [scheme.name for scheme in comparison.schemes if scheme.fold != NO_FOLD]
+        if folded:
+            say(console, "Fold", f"none of {', '.join(folded)}: tensors are rounded as the foundation has them")
         found = find_sensitivity(bench, budget_bytes)
-        console.print(render_sensitivity(found, len(bench.corpus.validation)))
+        console.print(render_sensitivity(found, bench.material, comparison.schemes[0].name))
         if budget_bytes is not None and found.proposal is None:
             say(console, "Budget", f"{budget_bytes:,} bytes hold none; the smallest takes {found.smallest_bytes:,}")
         summary = plain(found.to_json())
@@ -72,9 +78,8 @@ def compare(comparison: Comparison, *, resume: bool, console: Console, started: 
     with folder, jax.set_mesh(make_mesh(comparison.mesh)):
         bench = make_bench(comparison, console)
         results = {arm: _result(bench, arm, folder.path / "arms" / arm.folder) for arm in arms_of(comparison)}
-        figures = all_figures(results, comparison.bootstrap_samples)
-        documents = len(bench.corpus.test)
-        console.print(render_comparison(figures, results, documents, comparison.corpus.window))
+        figures = all_figures(results, comparison.bootstrap_samples, bench.material.test.labels)
+        console.print(render_comparison(figures, results, bench.material))
         plot_comparison(figures, folder.path / "comparison.png")
         summary = _summary(bench, results, figures, time.monotonic() - started)
         write_atomically(folder.path / "comparison.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -110,12 +115,17 @@ def _result(bench: Bench, arm: Arm, folder: Path) -> Result:
 
 
 def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
-    setup = make_setup(bench.foundation.architecture, arm.rules, bench.comparison.train, bench.mesh)
+    start = bench.start(arm.fold)
+    setup = setup_of(arm.experiment(bench.comparison), start.architecture, bench.mesh)
     size = sum(bytes_by_path(setup).values())
     if arm.treatment == FLOAT:
         return Result(judge(bench, arm.name, setup, bench.float_weights), size)
     tx = make_optimizer(bench.comparison.optimizer, bench.comparison.train, setup.policy, setup.table)
-    state = make_state(tx, place_float(bench.foundation.read, setup.table, bench.mesh), setup.table, bench.mesh)
+    state = make_state(tx, place_float(start.read, setup.table, bench.mesh), setup.table, bench.mesh)
+    documents, rows = bench.material.train, whole_rows(bench.comparison.score_batch, bench.mesh)
+    calibration = documents.batches(spread(len(documents), bench.comparison.calibration_rows), rows)
+    say_calibrated = partial(say, bench.console, "Calibration")
+    state = calibrate_inputs(state, setup, (part.batch for part in calibration), say_calibrated)
     seconds = speed = 0.0
     if arm.is_trained:
         started = time.monotonic()
@@ -128,20 +138,11 @@ def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
 
 def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, folder: Path) -> tuple[TrainState, float]:
     """Take the steps of the budget; return the state and the training speed, tokens/s."""
-    experiment = bench.comparison.experiment(arm.rules, distill=arm.is_distilled)
+    experiment = arm.experiment(bench.comparison)
     budget = experiment.train
     teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
     step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)
-    batches = window_training_batches(
-        bench.corpus.train,
-        bench.comparison.corpus.window,
-        seed=budget.seed,
-        steps=budget.steps,
-        batch_size=budget.batch_size,
-        accumulate=budget.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = training_batches(bench.material.rows, budget)
     lines = folder / "metrics.jsonl"
     lines.unlink(missing_ok=True)  # of an arm that was stopped: it begins anew
     with MetricsLog(lines, None, 0) as log:
@@ -164,25 +165,23 @@ def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, fol
 
 def judge(bench: Bench, name: str, setup: Setup, weights: Any) -> DocumentScores:
     """Return the scores of weights on the test documents, with a progress bar."""
-    windows = bench.corpus.test
-    with Progress(bench.console, f"{name}: judging", len(windows), unit="document") as progress:
+    material = bench.material
+    with Progress(bench.console, f"{name}: judging", len(material.test), unit=material.unit) as progress:
         return score_documents(
-            make_document_score(setup, bench.float_setup),
-            setup,
-            weights,
-            bench.float_weights,
-            windows,
+            partial(make_document_score(setup, bench.float_setup), weights, bench.float_weights),
+            material.test,
             bench.comparison.score_batch,
+            bench.mesh,
             progress.update,
         )
 
 
-def all_figures(results: Mapping[Arm, Result], samples: int) -> dict[Arm, Figures]:
+def all_figures(results: Mapping[Arm, Result], samples: int, labels: int) -> dict[Arm, Figures]:
     """Return the figures of every arm."""
     base = next(found for arm, found in results.items() if arm.treatment == FLOAT).documents
     rounded = {arm.scheme: found.documents for arm, found in results.items() if arm.treatment == "ptq"}
     return {
-        arm: figures_of(found.documents, base, rounded.get(arm.scheme) if arm.is_trained else None, samples)
+        arm: figures_of(found.documents, base, rounded.get(arm.scheme) if arm.is_trained else None, samples, labels)
         for arm, found in results.items()
     }
 
@@ -194,15 +193,13 @@ def _summary(
         arm: {"bytes": found.bytes, "seconds": found.seconds, "tokens_per_second": found.tokens_per_second}
         for arm, found in results.items()
     }
-    comparison = bench.comparison
-    budget = comparison.train
     return plain(
         {
             "arms": {arm.name: figures[arm].to_json() | costs[arm] for arm in results},
-            "corpus": bench.corpus.summary(),
-            "test_documents": len(bench.corpus.test),
-            "test_tokens": sum(len(window) - 1 for window in bench.corpus.test),
-            "train_tokens": prod((budget.steps, budget.batch_size, comparison.corpus.window)),
+            "data": bench.material.source,
+            "test_documents": len(bench.material.test),
+            "test_tokens": bench.material.test.tokens_e.sum(),
+            "train_tokens": _train_tokens(bench.material.rows, bench.comparison.train),
             "foundation": bench.foundation.source,
             "mesh": dict(bench.mesh.shape),
             "peak_host_bytes": peak_host_bytes(),
@@ -210,3 +207,9 @@ def _summary(
             "versions": versions(),
         }
     )
+
+
+def _train_tokens(rows: TrainingRows, train: TrainConfig) -> int:
+    """Return the tokens that every arm that is trained reads, padding not counted."""
+    order = TrainingOrder(len(rows.length_e), train.seed, train.batch_size)
+    return sum(int(rows.length_e[order.rows(step)].sum()) for step in range(train.steps))

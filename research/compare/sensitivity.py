@@ -6,11 +6,13 @@ looked at. Judged on the validation documents, so that the test documents stay u
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from research.compare.arms import final_rules
 from research.compare.bench import Bench, bytes_by_path
 from research.compare.scores import make_document_score, score_documents
 from research.config import Rule
@@ -83,9 +85,9 @@ class _Rounded:
 
 def find_sensitivity(bench: Bench, budget_bytes: int | None) -> Sensitivity:
     """Round each tensor alone in each format, each layer alone, and choose a policy within a budget of weight bytes."""
-    rules = dict.fromkeys([*(rule for scheme in bench.comparison.schemes for rule in scheme.quantization), INT8])
+    rules = dict.fromkeys([*(rule for scheme in bench.comparison.schemes for rule in final_rules(scheme)), INT8])
     rounded = [_round(bench, (rule,), rule) for rule in rules]
-    first = _round(bench, bench.comparison.schemes[0].quantization, INT8)
+    first = _round(bench, final_rules(bench.comparison.schemes[0]), INT8)
     stacked = {path: leaf for path, leaf in first.leaves.items() if "l" in bench.float_setup.table[path].axes}
     tensors = [(one, path) for one in rounded for path in one.leaves]
     layers = bench.foundation.architecture.layers if stacked else 0
@@ -163,8 +165,12 @@ class _Judge:
     def __call__(self, leaves: Mapping[str, jax.Array]) -> Score:
         bench = self._bench
         weights = jax.tree_util.tree_map_with_path(lambda path, w: leaves.get(path_of(path), w), bench.float_weights)
-        windows, batch = bench.corpus.validation, bench.comparison.score_batch
-        found = score_documents(self._score, bench.float_setup, weights, bench.float_weights, windows, batch)
+        found = score_documents(
+            partial(self._score, weights, bench.float_weights),
+            bench.material.validation,
+            bench.comparison.score_batch,
+            bench.mesh,
+        )
         return bootstrap(nll_per_token, (found.divergence_e, found.tokens_e), bench.comparison.bootstrap_samples)
 
 

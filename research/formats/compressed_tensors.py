@@ -2,7 +2,8 @@
 
 transformers and vLLM load them. A matrix is `weight` (int8 [out, in]) in the format int-quantized, or `weight_packed`
 (int32, 32 / bits codes a word, the first in its lowest bits, each plus half the range) in the format pack-quantized;
-its `weight_scale` is [out, in / group], [out, 1] per channel. Layouts: compressed-tensors 0.20, compressors/.
+its `weight_scale` is [out, in / group], [out, 1] per channel. Where what it multiplies has a static scale, that is
+`input_scale`, [1]. Layouts: compressed-tensors 0.20, compressors/.
 
 Nothing is quantized here, and everything is exact: scales are float32 copies of our float16 ones, and what has no
 integer codes is float32, and so are the tables (docs/decisions/0008-compressed-tensors.md says why).
@@ -38,7 +39,8 @@ class Scheme:
     bits: int
     """Of a code: -2^(bits - 1) … 2^(bits - 1) - 1."""
     rounds_activations: bool
-    """Whether what it multiplies is rounded to int8, a scale per token; such an engine wants one scale a channel."""
+    """Whether what it multiplies is rounded to int8, a scale per token or a static one; such an engine wants one scale
+    a channel."""
 
     def fits(self, codes: np.ndarray) -> bool:
         """Whether all codes (int8) are among those of the scheme."""
@@ -85,23 +87,26 @@ def write(
 
     Raises:
         UserError: `directory` holds something, no matrix has integer codes, codes or scales don't fit `type` (the line
-            names the type that holds them), or a value is not finite.
+            names the type that holds them), only some activations have static scales, or a value is not finite.
     """
     scheme, shapes = TYPES[type], leaf_shapes(architecture)
     groups: dict[str, int] = {}
+    has_static: dict[str, bool] = {}
     for path in shapes:
         leaf = leaves[path]
         if NAMES[path].inputs and isinstance(leaf, native.StoredLeaf) and leaf.codes.dtype == np.int8:
             _check_fit(path, leaf, type)
             groups[path] = _inputs_per_scale(path, leaf)
+            has_static[path] = scheme.rounds_activations and leaf.input_scale is not None
         del leaf  # or it would stay in memory while the next one is read
     if not groups:
         raise UserError(f"no matrix of this model has integer codes for {type}; --format huggingface holds its floats")
+    static = _one_kind(has_static)
     per_channel = all(group == _matrix(path, shapes[path])[1] for path, group in groups.items())
     group = None if per_channel else gcd(*groups.values())
-    tensors = _plan(shapes, groups, scheme, group)
+    tensors = _plan(shapes, groups, scheme, group, static)
     specs = {name: tensor.spec for name, tensor in tensors.items()}
-    quantization = _quantization(scheme, group, floats=shapes.keys() - groups.keys())
+    quantization = _quantization(scheme, group, static, floats=shapes.keys() - groups.keys())
     with new_directory(directory) as partial:
         write_config(partial, architecture, tokenizer, "float32", quantization)
         tokenizer.save(partial)
@@ -124,6 +129,17 @@ def _check_fit(path: str, leaf: native.StoredLeaf, type: str) -> None:
         raise UserError(f"{path} is {leaf.format}, and {type} has one scale a channel; type {holder} holds it")
 
 
+def _one_kind(has_static: Mapping[str, bool]) -> bool:
+    """Whether the activations have static scales; `UserError` if only some have."""
+    kinds = {static: path for path, static in has_static.items()}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{kinds[True]} has a static scale of its activation, {kinds[False]} has none, and w8a8 holds one"
+            " kind; train all matrices with the same rule, or take type w8a16"
+        )
+    return True in kinds
+
+
 def _inputs_per_scale(path: str, leaf: native.StoredLeaf) -> int:
     """How many neighbours of a row share a scale, for sure."""
     assert leaf.scale is not None
@@ -141,23 +157,25 @@ def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _plan(
-    shapes: Mapping[str, tuple[int, ...]], groups: Collection[str], scheme: Scheme, group: int | None
+    shapes: Mapping[str, tuple[int, ...]], groups: Collection[str], scheme: Scheme, group: int | None, static: bool
 ) -> dict[str, _Tensor]:
     """The tensors of the file by name, in its order."""
     tensors: dict[str, _Tensor] = {}
     for path, shape in shapes.items():
         stored = _matrix(path, shape)
-        parts = _parts(stored, scheme, group) if path in groups else {"weight": TensorSpec("F32", stored)}
+        parts = _parts(stored, scheme, group, static) if path in groups else {"weight": TensorSpec("F32", stored)}
         for layer, name in enumerate(stored_names(path, shape)):
             module = name.removesuffix("weight")
             tensors |= {module + part: _Tensor(path, layer, part, spec) for part, spec in parts.items()}
     return {name: tensors[name] for name in by_alignment({name: tensor.spec for name, tensor in tensors.items()})}
 
 
-def _parts(matrix: tuple[int, ...], scheme: Scheme, group: int | None) -> dict[str, TensorSpec]:
+def _parts(matrix: tuple[int, ...], scheme: Scheme, group: int | None, static: bool) -> dict[str, TensorSpec]:
     """The tensors of a matrix [out, in] that is held as codes."""
     rows, inputs = matrix
     scale = {"weight_scale": TensorSpec("F32", (rows, inputs // (group or inputs)))}
+    if static:
+        scale["input_scale"] = TensorSpec("F32", (1,))
     if scheme.rounds_activations:
         return {"weight": TensorSpec("I8", matrix), **scale}
     words = -(-inputs * scheme.bits // 32)
@@ -187,6 +205,9 @@ def _array(tensor: _Tensor, layer: native.Leaf, scheme: Scheme, group: int | Non
         return pack(codes_oi, scheme.bits)
     if tensor.part == "weight_shape":
         return np.array(codes_oi.shape, np.int64)
+    if tensor.part == "input_scale":
+        assert layer.input_scale is not None
+        return layer.input_scale.reshape(1)
     scale_oi = name.from_ours(native.spread(layer.scale, layer.codes.shape))
     return scale_oi[:, :: group or codes_oi.shape[1]].astype(np.float32)
 
@@ -195,7 +216,8 @@ def _layer(leaf: native.Leaf, layer: int) -> native.Leaf:
     if isinstance(leaf, np.ndarray):
         return leaf[layer]
     scale = None if leaf.scale is None else leaf.scale[layer * len(leaf.scale) // len(leaf.codes)]
-    return native.StoredLeaf(leaf.codes[layer], scale, leaf.format)
+    inputs = None if leaf.input_scale is None else leaf.input_scale[layer]
+    return native.StoredLeaf(leaf.codes[layer], scale, leaf.format, input_scale=inputs)
 
 
 def pack(codes_oi: np.ndarray, bits: int) -> np.ndarray:
@@ -207,11 +229,11 @@ def pack(codes_oi: np.ndarray, bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(words, axis=-1).view(np.int32)
 
 
-def _quantization(scheme: Scheme, group: int | None, floats: Collection[str]) -> dict[str, Any]:
+def _quantization(scheme: Scheme, group: int | None, static: bool, floats: Collection[str]) -> dict[str, Any]:
     """The object `quantization_config` of config.json; transformers 4 and 5 and vLLM read the same."""
     common = {"type": "int", "symmetric": True}
     weights = {"num_bits": scheme.bits, **common, "dynamic": False, "strategy": "group" if group else "channel"}
-    activations = {"num_bits": 8, **common, "dynamic": True, "strategy": "token"}
+    activations = {"num_bits": 8, **common, "dynamic": not static, "strategy": "tensor" if static else "token"}
     matrices = sorted(path for path in floats if NAMES[path].inputs)
     modules = [NAMES[path].pattern.removesuffix(".weight").rsplit("{}.", 1)[1] for path in matrices]
     return {

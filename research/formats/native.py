@@ -2,9 +2,10 @@
 
 Nothing is computed anew on the way to the file or back: the codes and scales that the optimizer held come back bit for
 bit. A leaf `path` is stored as `path.codes` (int8 or an 8-bit float, or the 16-bit float of a grid that is a cast) and
-`path.scale` (fp16), with `path.offset` (fp16) of an affine grid, or as `path` where it has no codes. Codes of a grid
-of four bits are `path.nibbles` instead: uint8 with one axis, code 2i in the low four bits of byte i, code 2i + 1 in
-the high ones, in C order; -8 … 7 in two's complement, 0 … 15 where there is an offset.
+`path.scale` (fp16), with `path.offset` (fp16) of an affine grid, or as `path` where it has no codes; `path.input_scale`
+(fp32) is beside them where what the leaf multiplies has a static scale. Codes of a grid of four bits are `path.nibbles`
+instead: uint8 with one axis, code 2i in the low four bits of byte i, code 2i + 1 in the high ones, in C order; -8 … 7
+in two's complement, 0 … 15 where there is an offset.
 
 config.json beside it says how to read them and carries a SHA-256 of every file, itself included; opening an export
 verifies all of them, because a flipped byte in a weight is silent otherwise.
@@ -32,7 +33,7 @@ from research.tokenizer import Tokenizer
 
 FORMAT = "research-quantized"
 VERSION = 3
-"""1 had no nibbles, 2 no offsets."""
+"""1 had no nibbles, 2 no offsets and no static scales of activations."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CAST_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -46,13 +47,16 @@ class StoredLeaf:
     `codes` is int8 or an 8-bit float, or float16 / bfloat16 where the grid is a cast. `scale` is float16, of the same
     rank as `codes`; each of its axes has a size that divides that of the codes, and element j of an axis of n codes and
     m scales uses scale j // (n // m). It is None for a cast. `format` names grid and granularity, e.g. "int8/channel"
-    or "fp16". `offset`: like `scale`, what code 0 of an affine grid stands for; None for other grids.
+    or "fp16". `offset`: like `scale`, what code 0 of an affine grid stands for; None for other grids. `input_scale`,
+    float32, is the static scale of the activation that the leaf multiplies, one for each stacked tensor, in the rank of
+    `codes`; None without.
     """
 
     codes: np.ndarray
     scale: np.ndarray | None
     format: str
     offset: np.ndarray | None = None
+    input_scale: np.ndarray | None = None
 
 
 Leaf = np.ndarray | StoredLeaf
@@ -74,15 +78,15 @@ class StoredLeaves(Mapping[str, Leaf]):
         form = self.formats[path]
         if form is None:
             return read_tensor(self.file, path)
-        scale, offset = (
+        scale, offset, input_scale = (
             read_tensor(self.file, f"{path}.{part}") if f"{path}.{part}" in self.names else None
-            for part in ("scale", "offset")
+            for part in ("scale", "offset", "input_scale")
         )
         if f"{path}.nibbles" in self.names:
             codes = _unpack(read_tensor(self.file, f"{path}.nibbles"), self.shapes[path], is_signed=offset is None)
         else:
             codes = read_tensor(self.file, f"{path}.codes")
-        return StoredLeaf(codes, scale, form, offset)
+        return StoredLeaf(codes, scale, form, offset, input_scale)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.formats)
@@ -227,7 +231,7 @@ def _tensors(path: str, leaf: Leaf) -> dict[str, np.ndarray]:
     codes, grid = np.asarray(leaf.codes), GRIDS.get(leaf.format.split("/")[0])
     packed = grid is not None and grid.held_dtype in ("int4", "uint4")
     tensors = {f"{path}.nibbles": _pack(codes, leaf.offset is None)} if packed else {f"{path}.codes": codes}
-    parts = {f"{path}.scale": leaf.scale, f"{path}.offset": leaf.offset}
+    parts = {f"{path}.scale": leaf.scale, f"{path}.offset": leaf.offset, f"{path}.input_scale": leaf.input_scale}
     return tensors | {name: np.asarray(part) for name, part in parts.items() if part is not None}
 
 
@@ -258,7 +262,8 @@ def _check_leaf(path: str, shape: tuple[int, ...], leaf: Leaf) -> None:
         tensors = {path: values}
     else:
         _check_codes(path, values, leaf)
-        tensors = {f"{path}.codes": values, f"{path}.scale": leaf.scale, f"{path}.offset": leaf.offset}
+        scales = {f"{path}.scale": leaf.scale, f"{path}.offset": leaf.offset, f"{path}.input_scale": leaf.input_scale}
+        tensors = {f"{path}.codes": values, **scales}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != np.int8 and not np.isfinite(tensor).all():
             raise UserError(f"{name} holds values that are not finite; export a step from before the run diverged")
@@ -275,6 +280,11 @@ def _check_codes(path: str, codes: np.ndarray, leaf: StoredLeaf) -> None:
         raise ValueError(f"{path}: scale of shape {leaf.scale.shape} does not divide codes of shape {codes.shape}")
     if leaf.offset is not None and (leaf.scale is None or TensorSpec.of(leaf.offset) != TensorSpec.of(leaf.scale)):
         raise ValueError(f"{path}: offset of shape {leaf.offset.shape}, {leaf.offset.dtype} is none like its scale")
+    inputs = leaf.input_scale
+    if inputs is not None and (inputs.dtype != np.float32 or inputs.ndim != codes.ndim):
+        raise ValueError(
+            f"{path} has a {inputs.dtype} static scale of shape {inputs.shape}; it is float32, one a layer"
+        )
 
 
 def _verified_config(directory: Path) -> dict[str, Any]:

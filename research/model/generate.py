@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture
 from research.errors import UserError
-from research.model.layers import Cache, Settings, visible
-from research.model.seam import constrain, ways_of
+from research.model.attention import Sight, in_order, mutual
+from research.model.layers import Cache, Settings
+from research.model.sharding import constrain, ways_of
 from research.model.transformer import Transformer
 from research.quant.kv_cache import keep
 
@@ -172,7 +173,8 @@ def _prefill(
     b, t = tokens_bt.shape
     index_bt = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
     branch_bt = jnp.where(index_bt < length_b[:, None], 0, -1)
-    hidden_btd, cache = model(tokens_bt, index_bt, visible(branch_bt, branch_bt), _empty_cache(model.settings, b, t))
+    sight = mutual(in_order(branch_bt))
+    hidden_btd, cache = model(tokens_bt, index_bt, sight, _empty_cache(model.settings, b, t))
     last_btd = jnp.where((index_bt == length_b[:, None] - 1)[:, :, None], hidden_btd, 0)
     next_b = _draw(model, last_btd.sum(axis=1, keepdims=True), length_b, sampling, key)
     empty, later = (0, 0), (0, slots - t)
@@ -197,8 +199,9 @@ def _step(
     position_b, slot = length_b + count, bucket + count
     index_s = jnp.arange(jax.tree.leaves(cache)[0].shape[2], dtype=jnp.int32)
     padding_bs = (index_s[None, :] >= length_b[:, None]) & (index_s < bucket)[None, :]
-    mask_b1s = visible(jnp.zeros((len(token_b), 1), jnp.int32), jnp.where(padding_bs, -1, 0), slot)
-    hidden_b1d, written = model(token_b[:, None], position_b[:, None], mask_b1s, cache, slot)
+    queries = in_order(jnp.zeros((len(token_b), 1), jnp.int32), slot)
+    sight = Sight(queries, in_order(jnp.where(padding_bs, -1, 0)))
+    hidden_b1d, written = model(token_b[:, None], position_b[:, None], sight, cache, slot)
     assert written is not None
     return _draw(model, hidden_b1d, position_b + 1, sampling, key), _place_cache(model.settings, written)
 

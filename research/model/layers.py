@@ -14,10 +14,15 @@ from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture, RopeScaling
 from research.axes import AxisRules
+from research.model.attention import How, Sight, attend, attend_to_cache
+from research.model.inputs import Input, prepare
 from research.model.parameters import HeadPlan, Parameter
-from research.model.seam import constrain, einsum, explicit, whole
+from research.model.product import Route
+from research.model.seam import einsum
+from research.model.sharding import constrain, explicit, place, ways_of, whole
+from research.quant.activations import statistic_of
 from research.quant.grid import Grid
-from research.quant.kv_cache import Kept, keep, keep_and_read_back, read_back
+from research.quant.kv_cache import Kept, keep
 from research.quant.nodes import Quantized, Weight, dense
 
 # Keys (rotated) and values of all layers, each [l, b, s, k, h]; k counts padding and copies.
@@ -51,26 +56,62 @@ class Settings:
             value = jnp.ones(logical, jnp.float32)
         return nnx.Param(parameter.padding.pad(value), out_sharding=parameter.spec)
 
-    def spec(self, letters: str) -> PartitionSpec:
+    def spec(self, letters: str, t: int = 0) -> PartitionSpec:
         """Return the sharding of the activation whose axes are `letters`.
 
-        Where kv heads are shared by several devices, `k` is whole on each; what is repeated for them is split like `n`.
+        `t`: number of positions, of `t` or `a`; if the mesh doesn't divide it, as in generation, they stay whole. Where
+        kv heads are shared by several devices, `k` is whole on each; what is repeated for them is split like `n`.
         """
-        split = self.rules.activations
-        rules = self.rules if self.heads.copies == 1 else replace(self.rules, activations={**split, "k": None})
-        return rules.activation(letters)
+        split = dict(self.rules.activations)
+        if self.heads.copies > 1:
+            split["k"] = None
+        if t % ways_of(split.get("t")):
+            split["t"] = split["a"] = None
+        return replace(self.rules, activations=split).activation(letters)
+
+    def residual(self, t: int) -> PartitionSpec:
+        """Return the sharding of the residual stream [b, t, d] between the products of a layer, of `t` positions."""
+        spec = self.rules.residual("btd")
+        return self.spec("btd", t) if t % ways_of(spec[1]) else spec
 
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
-        return constrain(x, self.spec(letters))
+        return place(x, self.spec(letters, x.shape[letters.index("t")] if "t" in letters else 0))
 
-    def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+    def scatter(self, x_btd: jax.Array) -> jax.Array:
+        """Return the residual stream as it lies between the products of a layer."""
+        return place(x_btd, self.residual(x_btd.shape[1]))
+
+    def share(self, paths: tuple[str, ...], x_btd: jax.Array) -> Weight:
+        """Return the input of products with the weights at `paths`, prepared once where they round it the same.
+
+        Static scales lie with their weights: those products prepare it themselves.
+        """
+        kinds = {self.activations.get(path, "none") for path in paths}
+        if len(kinds) > 1 or any(map(statistic_of, kinds)):
+            return x_btd
+        t, dtype = x_btd.shape[1], jnp.dtype(self.compute_dtype)
+        how = Input(kinds.pop(), (2,), x_btd.dtype, dtype, self.residual(t), self.spec("btd", t))
+        return prepare(how, x_btd, None)
+
+    def product(self, path: str, subscripts: str, x: Weight, param: nnx.Param) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here."""
         factors, result = subscripts.split("->")
-        spec, x_spec = self.spec(result), self.spec(factors.split(",")[0])
+        x_axes, w_axes = factors.split(",")
+        t = (x.codes if isinstance(x, Quantized) else x).shape[1]
+
+        def lies(letters: str) -> PartitionSpec:
+            return self.residual(t) if letters == "btd" else self.spec(letters, t)
+
+        route = Route(
+            x=lies(x_axes),
+            x_used=self.spec(x_axes, t),
+            w=PartitionSpec(*self.table[path].spec[-len(w_axes) :]),  # inside a layer, without its `l`
+            w_used=self.spec(w_axes),
+            y=lies(result),
+        )
         activation, dtype = self.activations.get(path, "none"), jnp.dtype(self.compute_dtype)
-        product = einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, spec=spec, x_spec=x_spec)
-        return constrain(product, spec)
+        return einsum(subscripts, x, weight(param), activation=activation, dtype=dtype, route=route)
 
 
 def weight(param: nnx.Param) -> Weight:
@@ -103,8 +144,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
-        rows_btd = _rows(weight(self.table_vd), tokens_bt, self.settings.spec("btd"))
-        return self.settings.constrain(rows_btd.astype(self.settings.compute_dtype), "btd")
+        spec = self.settings.spec("btd", tokens_bt.shape[1])
+        rows_btd = _rows(weight(self.table_vd), self.settings.constrain(tokens_bt, "bt"), spec)
+        return self.settings.scatter(rows_btd.astype(self.settings.compute_dtype))
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
@@ -138,22 +180,28 @@ class Attention(nnx.Module):
         self.o_nhd = settings.param(f"{path}/o_nhd", rngs)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, slot: "Slot"
+        self, x_btd: jax.Array, rotation: "Rotation", sight: Sight, cache: Cache | None, slot: "Slot"
     ) -> tuple[jax.Array, Cache | None]:
         """Return the attention output [b, t, d] and the cache with this call's keys and values written at `slot`."""
         product = self.settings.product
-        q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", x_btd, self.q_dnh), rotation)
-        k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", x_btd, self.k_dkh), rotation)
-        v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", x_btd, self.v_dkh)
+        shared = self.settings.share(tuple(f"{self.path}/{name}" for name in ("q_dnh", "k_dkh", "v_dkh")), x_btd)
+        q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", shared, self.q_dnh), rotation)
+        k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", shared, self.k_dkh), rotation)
+        v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", shared, self.v_dkh)
         k_bskh, v_bskh, grid = self._repeat(k_bskh), self._repeat(v_bskh), self.settings.kv_grid
         if cache is None:
-            k_bskh, v_bskh = keep_and_read_back(grid, k_bskh), keep_and_read_back(grid, v_bskh)
+            out_btnh: jax.Array = attend(self._how(x_btd.shape[1], "t"), q_btnh, k_bskh, v_bskh, *sight)
         else:
             cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
-            k_bskh, v_bskh = read(cache, slot.layer)
-        out_btnh = self._drop_padding(attend(q_btnh, k_bskh, v_bskh, mask_bts))
-        out_btnh = self.settings.constrain(out_btnh, "btnh")
+            out_btnh = attend_to_cache(self._how(x_btd.shape[1], "s"), q_btnh, *read(cache, slot.layer), *sight)
+        out_btnh = self.settings.constrain(self._drop_padding(out_btnh), "btnh")
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
+
+    def _how(self, t: int, keys: str) -> How:
+        """Return how `t` queries attend. `keys`: "t" if they are those of the same tokens, "s" if of a cache."""
+        settings = self.settings
+        heads = "n" if settings.heads.copies > 1 else "k"
+        return How(settings.spec("btnh", t), settings.spec(f"b{keys}{heads}h", t), settings.kv_grid)
 
     def _drop_padding(self, out_btnh: jax.Array) -> jax.Array:
         """Return `out_btnh` with zeros for the heads that are padding.
@@ -186,24 +234,9 @@ def write(cache: Cache, new: Cache, slot: Slot) -> Cache:
     return jax.tree.map(lambda x_lbskh, x_btkh: jax.lax.dynamic_update_slice(x_lbskh, x_btkh[None], start), cache, new)
 
 
-def read(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the keys and values of one layer, [b, s, k, h] floats."""
-    keys, values = jax.tree.map(lambda x_lbskh: jax.lax.dynamic_index_in_dim(x_lbskh, layer, keepdims=False), cache)
-    return read_back(keys), read_back(values)
-
-
-def attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array) -> jax.Array:
-    """Return softmax(q · k / √h) · v, [b, t, n, h] in the dtype of `v`; n = (k, g): g queries share a kv head.
-
-    Scores and softmax are float32. Not `jax.nn.dot_product_attention`, whose derivative mixes float32 and bfloat16.
-    """
-    b, t, n, h = q_btnh.shape
-    k = k_bskh.shape[2]
-    q_btkgh = q_btnh.reshape(b, t, k, n // k, h).astype(jnp.float32)
-    score_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh.astype(jnp.float32)) * h**-0.5
-    score_bkgts = jnp.where(mask_bts[:, None, None], score_bkgts, jnp.finfo(jnp.float32).min)
-    share_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", share_bkgts, v_bskh).reshape(b, t, n, h)
+def read(cache: Cache, layer: jax.Array) -> tuple[Kept, Kept]:
+    """Return the keys and values of one layer, [b, s, k, h]."""
+    return jax.tree.map(lambda x_lbskh: jax.lax.dynamic_index_in_dim(x_lbskh, layer, keepdims=False), cache)
 
 
 class MLP(nnx.Module):
@@ -218,8 +251,9 @@ class MLP(nnx.Module):
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """Return [b, t, d]."""
         product = self.settings.product
-        gate_btf = product(f"{self.path}/gate_df", "btd,df->btf", x_btd, self.gate_df)
-        up_btf = product(f"{self.path}/up_df", "btd,df->btf", x_btd, self.up_df)
+        shared = self.settings.share((f"{self.path}/gate_df", f"{self.path}/up_df"), x_btd)
+        gate_btf = product(f"{self.path}/gate_df", "btd,df->btf", shared, self.gate_df)
+        up_btf = product(f"{self.path}/up_df", "btd,df->btf", shared, self.up_df)
         return product(f"{self.path}/down_fd", "btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, self.down_fd)
 
 
@@ -233,10 +267,10 @@ class Block(nnx.Module):
         self.mlp = MLP(settings, f"{path}/mlp", rngs)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: "Rotation", mask_bts: jax.Array, cache: Cache | None, slot: "Slot"
+        self, x_btd: jax.Array, rotation: "Rotation", sight: Sight, cache: Cache | None, slot: "Slot"
     ) -> tuple[jax.Array, Cache | None]:
         """Return the residual stream [b, t, d] after the layer, and its cache."""
-        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, mask_bts, cache, slot)
+        attended_btd, cache = self.attention(self.attention_norm(x_btd), rotation, sight, cache, slot)
         x_btd = x_btd + attended_btd
         return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
 
@@ -268,18 +302,6 @@ def rotate(x_btnh: jax.Array, rotation: Rotation) -> jax.Array:
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos_bt1h - second * sin_bt1h, second * cos_bt1h + first * sin_bt1h], axis=-1)
     return rotated.astype(x_btnh.dtype)
-
-
-def visible(branch_bt: jax.Array, branch_bs: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-    """Return which key each query sees, boolean [b, t, s].
-
-    A query sees the keys up to its own index that belong to the prompt (branch 0) or to its own branch; -1 is padding.
-    Query t stands at index `start` + t among the keys.
-    """
-    t, s = branch_bt.shape[1], branch_bs.shape[1]
-    causal_ts = jnp.arange(s)[None, :] <= (jnp.arange(t) + start)[:, None]
-    same_bts = (branch_bs[:, None, :] == 0) | (branch_bs[:, None, :] == branch_bt[:, :, None])
-    return causal_ts[None] & same_bts & (branch_bs >= 0)[:, None, :]
 
 
 def tree_of(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from research.architecture import Architecture
-from research.axes import AxisRules
+from research.axes import AxisRules, MeshAxes
 from research.errors import UserError
 from research.padding import AxisPadding, Padding
 from research.quant.policy import Leaf
@@ -27,6 +27,8 @@ class Parameter:
     padding: Padding
     spec: PartitionSpec
     shards: tuple[int, ...]  # pieces per axis
+    latent_spec: PartitionSpec  # of what the optimizer keeps of it
+    latent_shards: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,7 +38,7 @@ class Parameter:
     @property
     def leaf(self) -> Leaf:
         """What the quantization policy needs to know."""
-        return Leaf(self.axes, self.contract, self.padding.logical, self.shards, self.padding)
+        return Leaf(self.axes, self.contract, self.padding.logical, self.latent_shards, self.padding)
 
 
 # path: (axes, contracted axes)
@@ -110,7 +112,7 @@ def parameter_table(
 
     Raises `UserError` where a size can be neither divided nor padded; it lists the valid sizes.
     """
-    plan = plan_heads(architecture, _ways("n", rules, mesh_sizes))
+    plan = plan_heads(architecture, _ways("n", rules.params, mesh_sizes))
     if plan.copies > 1:
         rules = rules.with_params(k=None)
     letters = {
@@ -119,8 +121,8 @@ def parameter_table(
         "h": AxisPadding.none(architecture.head_width),
         "n": plan.query,
         "k": plan.kv,
-        "f": _round_up(architecture.feed_forward, _ways("f", rules, mesh_sizes)),
-        "v": _round_up(architecture.vocabulary, _ways("v", rules, mesh_sizes)),
+        "f": _round_up(architecture.feed_forward, _ways("f", rules.params, mesh_sizes)),
+        "v": _round_up(architecture.vocabulary, _ways("v", rules.params, mesh_sizes)),
     }
     _check_width(architecture.width, rules, mesh_sizes)
     return {
@@ -129,17 +131,23 @@ def parameter_table(
             contract,
             Padding(tuple(letters[letter] for letter in axes)),
             rules.param(axes),
-            tuple(_ways(letter, rules, mesh_sizes) for letter in axes),
+            tuple(_ways(letter, rules.params, mesh_sizes) for letter in axes),
+            rules.latent(axes),
+            tuple(_ways(letter, rules.latents, mesh_sizes) for letter in axes),
         )
         for path, (axes, contract) in TABLE.items()
         if path != "head/table_vd" or not architecture.tied_head
     }
 
 
-def _ways(letter: str, rules: AxisRules, mesh_sizes: Mapping[str, int]) -> int:
-    """Return into how many pieces the mesh splits a parameter's axis."""
-    mesh_axes = rules.params.get(letter) or ()
-    return prod(mesh_sizes[axis] for axis in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes))
+def _ways(letter: str, table: Mapping[str, MeshAxes], mesh_sizes: Mapping[str, int]) -> int:
+    """Return into how many pieces the mesh splits an axis."""
+    return prod(mesh_sizes[axis] for axis in _mesh_axes(letter, table))
+
+
+def _mesh_axes(letter: str, table: Mapping[str, MeshAxes]) -> tuple[str, ...]:
+    mesh_axes = table.get(letter) or ()
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
 
 
 def _round_up(size: int, multiple: int) -> AxisPadding:
@@ -147,10 +155,10 @@ def _round_up(size: int, multiple: int) -> AxisPadding:
 
 
 def _check_width(width: int, rules: AxisRules, mesh_sizes: Mapping[str, int]) -> None:
-    ways = _ways("d", rules, mesh_sizes)
+    ways, names = _ways("d", rules.latents, mesh_sizes), "×".join(_mesh_axes("d", rules.latents))
     if width % ways:
         valid = ", ".join(str(size) for size in range(1, min(width, 64) + 1) if width % size == 0)
         raise UserError(
-            f"model width d={width} doesn't divide over mesh.fsdp={ways}, and a norm's axis can't be padded;"
-            f" valid sizes of mesh.fsdp: {valid}"
+            f"model width d={width} doesn't divide over mesh.{names}={ways}, and a norm's axis can't be padded;"
+            f" valid sizes of mesh.{names}: {valid}"
         )

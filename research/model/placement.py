@@ -16,14 +16,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from research.model.layers import tree_of
 from research.model.parameters import Parameter
 from research.padding import AxisPadding, Padding
+from research.processes import host_array
 from research.quant.grid import bytes_of
 from research.quant.nodes import Encoded
 from research.quant.policy import Format, path_of
 
 Table = Mapping[str, Parameter]
 
-PARTS = ("codes", "scale", "offset", "frequency", "average", "direction")
+PARTS = ("codes", "scale", "offset", "input_scale", "frequency", "average", "direction")
 """Names of the arrays that one parameter may have in the place of itself."""
+
+
+LIKE_PARAMETERS = ("", "params", "encoded", "annealed")
+"""Trees whose arrays lie where the model uses them; all others (latents, moments, gradients …) are the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,27 @@ def layout(key: str, shape: tuple[int, ...], table: Table) -> Layout:
     `key` ends in a parameter's path ("…/mu/embed/table_vd", "…/encoded/embed/table_vd/scale"); arrays that belong to no
     parameter (counters) are whole on every device.
     """
-    parameter = owner(key, table)
+    tree, path = _divide(key, table)
+    parameter = table.get(path)
     if parameter is None or len(shape) != len(parameter.shape):
         return Layout(Padding.none(shape), PartitionSpec())
-    axes = zip(shape, parameter.padding.axes, parameter.shape, parameter.spec, strict=True)
+    spec = parameter.spec if tree in LIKE_PARAMETERS else parameter.latent_spec
+    axes = zip(shape, parameter.padding.axes, parameter.shape, spec, strict=True)
     paddings, entries = zip(*(_axis(size, padding, whole, entry) for size, padding, whole, entry in axes), strict=True)
     return Layout(Padding(paddings), PartitionSpec(*entries))
 
 
 def owner(key: str, table: Table) -> Parameter | None:
     """Return the parameter that the array at `key` belongs to, None for a counter."""
+    return table.get(_divide(key, table)[1])
+
+
+def _divide(key: str, table: Table) -> tuple[str, str]:
+    """Return the tree that an array is in, "mu", "encoded" … or "", and the path of its parameter, "" for a counter."""
     *path, last = key.split("/")
     parts = path if last in PARTS else [*path, last]
-    return next((table[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in table), None)
+    start = next((i for i in range(len(parts)) if "/".join(parts[i:]) in table), len(parts))
+    return "/".join(parts[:start]).rpartition("/")[2], "/".join(parts[start:])
 
 
 def _axis(size: int, padding: AxisPadding, whole: int, entry: Any) -> tuple[AxisPadding, Any]:
@@ -109,8 +122,8 @@ def _padded_shape(logical: tuple[int, ...], parameter: Parameter) -> tuple[int, 
 
 
 def unplace(key: str, array: jax.Array, table: Table) -> np.ndarray:
-    """Return an array as a host array of its logical shape. Inverse of `place`."""
-    return np.asarray(layout(key, array.shape, table).padding.unpad(np.asarray(array)))
+    """Return an array as a host array of its logical shape, on every process. Inverse of `place`."""
+    return np.asarray(layout(key, array.shape, table).padding.unpad(host_array(array)))
 
 
 def place_float(read: Callable[[str], np.ndarray], table: Table, mesh: Mesh) -> dict[str, Any]:
@@ -128,7 +141,8 @@ def abstract_weights(table: Table, formats: Mapping[str, Format], dtype: str, me
         numbers = jax.ShapeDtypeStruct(form.scale_shape, np.float16)
         scale, offset = numbers if form.grid.is_scaled else None, numbers if form.grid.is_affine else None
         codes = jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(form.grid.code_dtype))
-        return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset)  # pyright: ignore[reportArgumentType]
+        inputs = None if form.input_scale_shape is None else jax.ShapeDtypeStruct(form.input_scale_shape, np.float32)
+        return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset, inputs)  # pyright: ignore[reportArgumentType]
 
     return abstract(tree_of({path: one(path, parameter) for path, parameter in table.items()}), table, mesh)
 

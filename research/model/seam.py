@@ -4,282 +4,127 @@ Where both sides are int8 the product is `(Σ codes_x · codes_w) · s_x · s_w`
 serving alike; so the numbers that are trained are the numbers that are served, bit for bit. With groups along the
 contraction, of the weight, the activation or both, there is one such product for each group, and they are added in
 float32, in order. A weight with offsets adds `(Σ codes_x) · s_x · offset` to each.
+
+A weight that is split over more devices than a product wants (fsdp) travels as codes and scales, in the forward pass
+and again in the backward pass, and is decoded where it arrives: nothing wider than its number format is gathered.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from math import prod
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
-from research.quant.activations import dequantize_tokens, group_size, quantize_groups, quantize_tokens
+from research.model.blocks import sum_over_blocks
+from research.model.inputs import Input, prepare
+from research.model.product import Product, Route, beside, count_blocks
+from research.model.sharding import place, split, ways_of, whole
+from research.quant.activations import dequantize_tokens, statistic_of
 from research.quant.nodes import Quantized, Weight, dense
+
+W = TypeVar("W", bound=Weight)
 
 
 def einsum(
     subscripts: str,
-    x: jax.Array,
+    x: Weight,
     w: Weight,
     *,
     activation: str = "none",
     dtype: jnp.dtype | None = None,
-    spec: PartitionSpec | None = None,
-    x_spec: PartitionSpec | None = None,
+    route: Route | None = None,
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
-    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: "none",
-    "int8" = symmetric per token, or "int8:group:32" = per 32 consecutive inputs of a token. `spec`, `x_spec`: sharding
-    of the output, which only Explicit mesh axes need, and of the activation, which groups need on any mesh. The
-    backward pass is the straight-through estimator: dL/dx uses the weight on its grid, dL/dw the quantized activation.
+    The output has the axes that are kept of the activation, then those kept of the weight. `activation`: as in `Input`,
+    a static scale is the weight's `input_scale`; it says nothing of an `x` that comes from `prepare`. `route`: None
+    where nothing is split. The backward pass is the straight-through estimator: dL/dx uses the weight on its grid, and
+    is 0 where a static scale saturates; dL/dw uses the quantized activation.
     """
-    specs = spec or PartitionSpec(), x_spec or PartitionSpec()
-    product = _Product(subscripts, x.dtype, jnp.dtype(dtype or x.dtype), *specs, group_size(activation))
-    if activation != "none" and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
+    product = Product(subscripts, jnp.dtype(dtype or x.dtype), route)
+    if not isinstance(x, Quantized):
+        input_scale = w.input_scale if isinstance(w, Quantized) and statistic_of(activation) else None
+        if statistic_of(activation) and input_scale is None:
+            raise ValueError(f"einsum {subscripts!r}: activation={activation!r} needs a weight with an input_scale")
+        places = (None, None) if route is None else (route.x, route.x_used)
+        trained = isinstance(w, Quantized) and w.value is not None
+        how = Input(activation, product.contracted, x.dtype, product.dtype, *places, trained)
+        x = prepare(how, x, input_scale)
+    if isinstance(x, Quantized) and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
         return _integer_product(product, x, w)
-    x = x.astype(product.dtype) if activation == "none" else _fake_quantize(product, x)
-    return _einsum(subscripts, x, dense(w).astype(product.dtype), product.spec)
+    return _float_product(product, dense(x), w)
 
 
-def explicit(spec: PartitionSpec) -> PartitionSpec | None:
-    """Return `spec` where the axes of the mesh in context are Explicit, None where the compiler chooses."""
-    return spec if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types else None
+def _used_w(product: Product, w: W) -> W:
+    """Return the weight where the product wants it; a quantized one goes there as codes and scales, without value."""
+    route = product.route
+    if route is None or not any(ways_of(entry) > 1 for entry in set(route.w) - set(route.w_used)):
+        return w
+    moved = replace(w, value=None, input_scale=None) if isinstance(w, Quantized) else w
+    return split(moved, route.w_used)
 
 
-def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
-
-    On Explicit mesh axes nothing moves: an `x` of another sharding raises.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
-
-
-def ways_of(entry: str | tuple[str, ...] | None) -> int:
-    """Return into how many pieces the mesh in context splits what a spec's entry says; 1 if there is none."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes.get(axis, 1) for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """Return `x`, part of a parameter, ready for elementwise use with an activation.
-
-    A parameter's `d` may be split over the mesh axis that splits an activation's `b`. On Explicit mesh axes that is a
-    type error, so `x` is made whole on every device; elsewhere the compiler chooses.
-    """
-    spec = explicit(PartitionSpec())
-    return x if spec is None else jax.sharding.reshard(x, spec)
-
-
-def _einsum(subscripts: str, a: jax.Array, b: jax.Array, spec: PartitionSpec, dtype: str | None = None) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, out_sharding=explicit(spec))
-
-
-@dataclass(frozen=True)
-class _Product:
-    """What is static of a product; its subscripts by role."""
-
-    subscripts: str
-    x_dtype: jnp.dtype
-    dtype: jnp.dtype
-    spec: PartitionSpec
-    x_spec: PartitionSpec
-    group: int
-    """Consecutive inputs that share a scale; 0: all of a token."""
-
-    def __post_init__(self) -> None:
-        if self.y != self.rows + self.columns:
-            raise ValueError(f"einsum {self.subscripts!r}: the output must be {self.rows + self.columns!r}")
-
-    @property
-    def x(self) -> str:
-        """Axes of the activation."""
-        return self.subscripts.split(",")[0]
-
-    @property
-    def w(self) -> str:
-        """Axes of the weight."""
-        return self.subscripts.split(",")[1].split("->")[0]
-
-    @property
-    def y(self) -> str:
-        """Axes of the output."""
-        return self.subscripts.split("->")[1]
-
-    @property
-    def rows(self) -> str:
-        """Axes that are kept of the activation: a token each."""
-        return "".join(axis for axis in self.x if axis not in self.w)
-
-    @property
-    def columns(self) -> str:
-        """Axes that are kept of the weight."""
-        return "".join(axis for axis in self.w if axis not in self.x)
-
-    @property
-    def contracted(self) -> tuple[int, ...]:
-        """Indices of the activation's axes that are summed over."""
-        return tuple(index for index, axis in enumerate(self.x) if axis in self.w)
-
-    @property
-    def inner(self) -> str:
-        """Axes that are summed over, in the order of the weight."""
-        return "".join(axis for axis in self.w if axis in self.x)
-
-    def entry(self, axis: str) -> Any:
-        """Return the mesh axes over which an axis of the activation or of the output is split."""
-        entries = dict(zip(self.x, self.x_spec, strict=False)) | dict(zip(self.y, self.spec, strict=False))
-        return entries.get(axis)
+def _laid(product: Product, y: jax.Array) -> jax.Array:
+    """Return the outcome where it is to lie; partial sums of several devices are added on the way."""
+    return y if product.route is None else place(y, product.route.y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fake_quantize(product: _Product, x: jax.Array) -> jax.Array:
-    """Round each token to its int8 grid; the gradient passes unchanged."""
-    return dequantize_tokens(*_quantize(product, x), product.dtype)
+def _float_product(product: Product, x: jax.Array, w: Weight) -> jax.Array:
+    return _laid(product, product.multiply(x, dense(_used_w(product, w)).astype(product.dtype)))
 
 
-def _quantize(product: _Product, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if product.group:
-        return quantize_groups(x, product.x.index(product.inner[-1]), product.group)
-    return quantize_tokens(x, product.contracted)
+def _gradients(product: Product, x: jax.Array, w: Weight, gradient: jax.Array) -> tuple[jax.Array, Weight]:
+    """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and `w`."""
+    w_hat, route = dense(_used_w(product, w)).astype(product.dtype), product.route
+    if route is not None:
+        gradient = place(gradient, product.spec)
+    # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
+    dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
+    dw = dw if route is None else place(dw, route.w)
+    if not isinstance(w, Quantized):
+        return dx, dw.astype(w.dtype)
+    value = None if w.value is None else dw.astype(w.dtype)
+    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
+    return dx, Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
 
 
-_fake_quantize.defvjp(
-    lambda product, x: (_fake_quantize(product, x), None),
-    lambda product, _, gradient: (gradient.astype(product.x_dtype),),
+# The weight is kept for the backward pass as it lies: what was gathered is gathered again.
+_float_product.defvjp(
+    lambda product, x, w: (_float_product(product, x, w), (x, w)),
+    lambda product, factors, gradient: _gradients(product, factors[0], factors[1], gradient),
 )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _integer_product(product: _Product, x: jax.Array, w: Quantized) -> jax.Array:
-    return _forward(product, *_quantize(product, x), w)
-
-
-def _forward(product: _Product, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
+def _integer_product(product: Product, x: Quantized, w: Quantized) -> jax.Array:
     """Integer sums, then · s_x, then · s_w, in float32; one cast at the end."""
-    assert w.scale is not None
-    blocks = max(_blocks(product, product.x, x_scale), _blocks(product, product.w, w.scale))
+    w = _used_w(product, w)
+    assert x.scale is not None and w.scale is not None
+    blocks = max(count_blocks(product, product.x, x.scale), count_blocks(product, product.w, w.scale))
     if blocks > 1 or w.offset is not None:
-        return _sum_over_blocks(product, blocks, x_codes, x_scale, w).astype(product.dtype)
+        return _laid(product, sum_over_blocks(product, blocks, x.codes, x.scale, w).astype(product.dtype))
     w_codes = w.codes.astype(jnp.int8)  # no backend multiplies what it holds in four bits
-    sums = _einsum(product.subscripts, x_codes, w_codes, product.spec, "int32").astype(jnp.float32)
+    sums = _laid(product, product.multiply(x.codes, w_codes, "int32")).astype(jnp.float32)
     # the contracted axes of both scales have size 1: there is nothing to sum
     s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
-    s_x, s_w = _beside(product, x_scale.squeeze(product.contracted), s_w)
+    s_x, s_w = beside(product, x.scale.squeeze(product.contracted), s_w)
+    if product.route is not None:
+        s_x = split(s_x, product.route.y)
     return (sums * s_x * s_w).astype(product.dtype)
 
 
-def _sum_over_blocks(product: _Product, blocks: int, x_codes: jax.Array, x_scale: jax.Array, w: Quantized) -> jax.Array:
-    """Return Σ over blocks of f32(Σ codes_x · codes_w) · (s_x · s_w), float32, one block added after the other.
-
-    With offsets each block adds (f32(Σ codes_x) · s_x) · offset, too.
-
-    A device adds the blocks that it holds, and where the mesh splits the contraction the devices' sums are added last.
-    It is a loop, because the sums of all blocks at once take many times the memory of the output, and more time.
-    """
-    assert w.scale is not None
-    way = product.entry(product.inner[0])
-    ways = ways_of(way)
-    split = partial(_split, product, ways, blocks)
-    factors = split(product.x, x_codes), split(product.w, w.codes)
-    scales = split(product.x, x_scale), split(product.w, w.scale)
-    offsets = None if w.offset is None else split(product.w, w.offset)
-    spec = PartitionSpec(way, *(product.entry(axis) for axis in product.y))
-
-    def add(number: jax.Array, total: jax.Array) -> jax.Array:
-        (x_axes, x), (w_axes, w) = (_take(number, *factor) for factor in factors)
-        sums = _einsum(f"{x_axes},{w_axes}->{WAY}{product.y}", x, w.astype(jnp.int8), spec, "int32").astype(jnp.float32)
-        x_scale, w_scale = of_block(number, scales[0], product.rows), of_block(number, scales[1], product.columns)
-        s_x, s_w = _beside(product, x_scale, w_scale)
-        total = _plus(total, sums * (s_x * s_w))
-        if offsets is None:
-            return total
-        x_sums = jnp.einsum(f"{x_axes}->{WAY}{product.rows}", x.astype(jnp.int32)).astype(jnp.float32)
-        x_sums, offset = _beside(product, x_sums * x_scale, of_block(number, offsets, product.columns))
-        return _plus(total, x_sums * offset)
-
-    def of_block(number: jax.Array, scales: tuple[str, jax.Array], kept: str) -> jax.Array:
-        axes, scale = _take(number, *scales)
-        return jnp.einsum(f"{axes}->{WAY}{kept}", scale.astype(jnp.float32))
-
-    sizes = dict(zip(product.x, x_codes.shape, strict=True)) | dict(zip(product.w, w.codes.shape, strict=True))
-    nothing = jnp.zeros((ways, *(sizes[axis] for axis in product.y)), jnp.float32)
-    return jax.lax.fori_loop(0, blocks // ways, add, _place(nothing, spec)).sum(axis=0)
-
-
-def _plus(total: jax.Array, term: jax.Array) -> jax.Array:
-    """Return the sum of both, the term rounded before it is added.
-
-    A selection, lest the compiler fuse product and sum into one rounding in one program and not in the next.
-    """
-    return total + jnp.where(term == 0, 0.0, term)
-
-
-# Axes that the contracted ones are split into; in capitals, because they are in no alphabet of a model.
-WAY, BLOCK, MEMBER = "W", "B", "M"
-
-
-def _split(product: _Product, ways: int, blocks: int, axes: str, array: jax.Array) -> tuple[str, jax.Array]:
-    """Return the contracted axes of codes as (way, block, member), those of scales as (way, block), and the letters.
-
-    Scales that all blocks share are repeated.
-    """
-    first, last = axes.index(product.inner[0]), axes.index(product.inner[-1]) + 1
-    if axes[first:last] != product.inner:
-        raise ValueError(
-            f"einsum {product.subscripts!r}: with groups, {product.inner!r} must be neighbours in {axes!r}"
-        )
-    before, size, after = array.shape[:first], prod(array.shape[first:last]), array.shape[last:]
-    members = (size // blocks,) if size > blocks else ()
-    letters = axes[:first] + WAY + BLOCK + (MEMBER if members else "") + axes[last:]
-    entry = {WAY: product.entry(product.inner[0]), BLOCK: None, MEMBER: None}
-    spec = PartitionSpec(*(entry.get(letter, product.entry(letter)) for letter in letters))
-    shape = (*before, ways, blocks // ways, *members, *after)
-    if size == 1:
-        array = jnp.broadcast_to(array.reshape(*before, 1, 1, *after), shape)
-    else:
-        array = jax.lax.reshape(array, shape, out_sharding=explicit(spec))
-    return letters, _place(array, spec)
-
-
-def _place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
-    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
-
-
-def _take(number: jax.Array, axes: str, array: jax.Array) -> tuple[str, jax.Array]:
-    return axes.replace(BLOCK, ""), jax.lax.dynamic_index_in_dim(array, number, axes.index(BLOCK), keepdims=False)
-
-
-def _blocks(product: _Product, axes: str, scale: jax.Array) -> int:
-    """Return how many scales there are along the contraction."""
-    return prod(size for axis, size in zip(axes, scale.shape, strict=True) if axis in product.inner)
-
-
-def _beside(product: _Product, s_x: jax.Array, s_w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return both scales with axes of size 1, so that they broadcast against [(way,) rows, columns]."""
-    rows, columns = len(product.rows), len(product.columns)
-    lead = s_x.ndim - rows
-    return jnp.expand_dims(s_x, [*range(-columns, 0)]), jnp.expand_dims(s_w, [*range(lead, lead + rows)])
-
-
-def _integer_product_fwd(product: _Product, x: jax.Array, w: Quantized):
-    x_codes, x_scale = _quantize(product, x)
+def _integer_product_fwd(product: Product, x: Quantized, w: Quantized):
     # eight bits a residual instead of the thirty-two of the float activation
-    return _forward(product, x_codes, x_scale, w), (x_codes, x_scale, w)
+    return _integer_product(product, x, w), (replace(x, value=None), w)
 
 
-def _integer_product_bwd(product: _Product, residuals: tuple[jax.Array, jax.Array, Quantized], gradient: jax.Array):
-    x_codes, x_scale, w = residuals
-    x_hat, w_hat = dequantize_tokens(x_codes, x_scale, product.dtype), w.dense().astype(product.dtype)
-    # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
-    dx, dw = jax.vjp(lambda x, w: _einsum(product.subscripts, x, w, product.spec), x_hat, w_hat)[1](gradient)
-    value = None if w.value is None else dw.astype(w.dtype)
-    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
-    return dx.astype(product.x_dtype), Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
+def _integer_product_bwd(product: Product, residuals: tuple[Quantized, Quantized], gradient: jax.Array):
+    x, w = residuals
+    assert x.scale is not None
+    dx, dw = _gradients(product, dequantize_tokens(x.codes, x.scale, product.dtype), w, gradient)
+    return Quantized(dx, None, None, x.grid, x.dtype), dw  # pyright: ignore[reportArgumentType]
 
 
 _integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)

@@ -6,20 +6,20 @@ before down. So the smoothed model is an ordinary one of the same function. max|
 of the float model on a few texts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from research.architecture import Architecture
+from research.model.attention import Segments
 from research.model.folding import FloatModel
-from research.model.layers import Settings, Slot, make_rotation, visible
+from research.model.layers import Settings
+from research.model.observing import observe
 from research.model.parameters import TABLE, Parameter
-from research.model.transformer import Transformer, graph_of
 from research.padding import Padding
 
 LARGEST_FACTOR = 1e5  # and its inverse the smallest: scales of int8 weights must stay float16 numbers
@@ -108,41 +108,20 @@ def _largest(axes: str, x: np.ndarray, kept: str) -> np.ndarray:
     return np.abs(x).max(axis=tuple(i for i, letter in enumerate(axes) if letter not in kept)).astype(np.float64)
 
 
-@dataclass(frozen=True, eq=False)
-class _Watched(Settings):
-    """Settings that show the input of every product; the model itself knows nothing of it."""
-
-    see: Callable[[str, jax.Array], None] = lambda path, x: None
-
-    def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-        self.see(path, x)
-        return super().product(path, subscripts, x, param)
-
-
 def input_maxima(
-    settings: Settings, weights: Any, tokens_bt: jax.Array, position_bt: jax.Array, branch_bt: jax.Array
+    settings: Settings, weights: Any, tokens_bt: jax.Array, position_bt: jax.Array, segments: Segments
 ) -> dict[str, jax.Array]:
     """Return path → largest magnitude of each input channel of that product, float32 [l, contracted axes, padded].
 
-    To be jitted; arguments as in `research.tasks.batches.Batch`, branch -1 (padding) doesn't count. The layers run as
-    in `Transformer`, but what is seen in one of them has to leave the scan with it.
+    To be jitted; of the products in the layers, arguments as in `observe`.
     """
-    seen: dict[str, jax.Array] = {}
 
-    def see(path: str, x: jax.Array) -> None:
-        counts = (branch_bt >= 0).reshape(*branch_bt.shape, *[1] * (x.ndim - 2))
-        seen[path] = jnp.where(counts, jnp.abs(x.astype(jnp.float32)), 0).max(axis=(0, 1))
+    def measure(path: str, x: jax.Array, real_bt: jax.Array) -> jax.Array | None:
+        counts = real_bt.reshape(*real_bt.shape, *[1] * (x.ndim - 2))
+        largest = jnp.where(counts, jnp.abs(x.astype(jnp.float32)), 0).max(axis=(0, 1))
+        return largest if path.startswith("layers/") else None
 
-    watched = _Watched(**vars(settings), see=see)
-    model: Transformer = nnx.merge(graph_of(watched), weights)
-    graph, layers = nnx.split(model.layers)
-    rotation, mask_bts = make_rotation(settings.architecture, position_bt), visible(branch_bt, branch_bt)
-
-    def layer(x_btd: jax.Array, weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x_btd, _ = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, None, Slot(jnp.int32(0), jnp.int32(0)))
-        return settings.constrain(x_btd, "btd"), dict(seen)
-
-    return jax.lax.scan(layer, model.embed(tokens_bt), nnx.as_pure(layers))[1]
+    return observe(settings, measure, weights, tokens_bt, position_bt, segments)
 
 
 def logical_maxima(maxima: Mapping[str, jax.Array], table: Mapping[str, Parameter]) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ from flax import nnx
 
 from research.architecture import Architecture
 from research.axes import AxisRules
-from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation, visible
+from research.model.attention import Sight, in_order, mutual
+from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation
 from research.model.parameters import parameter_table, plan_heads
 from research.quant.policy import Policy
 
@@ -29,13 +30,13 @@ class Transformer(nnx.Module):
         self,
         tokens_bt: jax.Array,
         position_bt: jax.Array,
-        mask_bts: jax.Array,
+        sight: Sight,
         cache: Cache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Return the normed hidden states [b, t, d] and the cache.
 
-        `mask_bts` says which key each query sees. `cache`: keys and values of all layers, [l, b, s, k, h] each; those
+        `sight`: which key each query sees. `cache`: keys and values of all layers, [l, b, s, k, h] each; those
         of this call are written at index `start`.
         """
         settings = self.settings
@@ -46,8 +47,8 @@ class Transformer(nnx.Module):
         # The cache is carried, not scanned over: what is scanned over is copied, and a step writes one token of it.
         def layer(carry: tuple[jax.Array, Cache | None], scanned: tuple[Any, jax.Array]):
             (x_btd, cache), (weights, index) = carry, scanned
-            x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, mask_bts, cache, Slot(index, start))
-            return (settings.constrain(x_btd, "btd"), cache), None
+            x_btd, cache = nnx.merge(graph, weights)(x_btd, rotation, sight, cache, Slot(index, start))
+            return (settings.scatter(x_btd), cache), None
 
         (x_btd, cache), _ = jax.lax.scan(
             _rematerialize(layer, settings.rematerialize),
@@ -55,7 +56,7 @@ class Transformer(nnx.Module):
             (nnx.as_pure(weights), jnp.arange(settings.architecture.layers, dtype=jnp.int32)),
             unroll=settings.unroll,
         )
-        return self.norm(x_btd), cache
+        return settings.constrain(self.norm(x_btd), "btd"), cache
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return float32 logits [b, a, v] of hidden states [b, a, d]; -inf at the vocabulary's padding."""
@@ -96,7 +97,7 @@ def graph_of(settings: Settings) -> nnx.GraphDef:
 
 def causal(model: Transformer, tokens_bt: jax.Array) -> jax.Array:
     """Return the logits [b, t, v] of plain text: every position sees itself and what stands before it."""
-    branch_bt = jnp.zeros(tokens_bt.shape, jnp.int32)
+    sight = mutual(in_order(jnp.zeros(tokens_bt.shape, jnp.int32)))
     position_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1])[None], tokens_bt.shape)
-    hidden_btd, _ = model(tokens_bt, position_bt, visible(branch_bt, branch_bt))
+    hidden_btd, _ = model(tokens_bt, position_bt, sight)
     return model.logits(hidden_btd)

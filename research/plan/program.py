@@ -124,7 +124,7 @@ def abstract_batch(job: Job, mesh: Any) -> Batch:
     def rows(size: int) -> Any:
         return jax.ShapeDtypeStruct((job.rows, size), jnp.int32, sharding=split)
 
-    return Batch(*[rows(job.length)] * 3, *[rows(job.answer_tokens)] * 3)
+    return Batch(*[rows(job.length)] * 4, *[rows(job.answer_tokens)] * 3)
 
 
 def compile_step(

@@ -18,3 +18,4 @@ from research.quant.state import QuantizeState as QuantizeState
 from research.quant.state import export as export
 from research.quant.state import latents as latents
 from research.quant.state import oscillation as oscillation
+from research.quant.state import with_input_scales as with_input_scales

@@ -1,9 +1,13 @@
-"""Dynamic int8 activations: one symmetric scale per token, or per group of a token, taken from the values themselves.
+"""Int8 activations: a symmetric scale per token, or per group of a token, from the values themselves; or a static one.
 
 The order of operations is the contract (docs/decisions/0001-numerics.md), all of it in float32: the absolute maximum
 over the contracted axes, scale = absmax · (1 / 127), codes = round-half-even(x · (127 / absmax)). A token of zeros has
 codes 0; one with a NaN or an infinity has a scale that is not finite. Groups are the blocks that llama.cpp makes of
 activations when it runs (Q8_0, ggml-quants.c): their codes come from that scale, and then it is rounded to float16.
+
+A static scale is found before training (`ranges.py`) and constant from then on: codes =
+round-half-even(x · (1 / scale)), and what lies beyond ±127 saturates. Integers can't carry what is not finite, so
+whoever rounds has to look for it.
 """
 
 import re
@@ -38,6 +42,22 @@ def quantize_groups(x: jax.Array, axis: int, group: int) -> tuple[jax.Array, jax
     blocks = x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :])
     codes, scale = quantize_tokens(blocks, (axis + 1,))
     return codes.reshape(x.shape), scale.squeeze(axis + 1).astype(jnp.float16)
+
+
+def quantize_static(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return codes, int8 of the shape of `x`, and which of its elements don't saturate, boolean of that shape.
+
+    `scale`: float32, of one element. A NaN gets any code, and counts as saturated.
+    """
+    steps = x.astype(jnp.float32) * (1 / scale).reshape((1,) * x.ndim)
+    codes = jnp.clip(jnp.round(steps), -LARGEST_CODE, LARGEST_CODE).astype(jnp.int8)
+    return codes, jnp.abs(steps) <= LARGEST_CODE + 0.5  # what rounds to the largest code is still on the grid
+
+
+def statistic_of(activation: str) -> str:
+    """Return what a static scale is taken from, "ema" or a percentile, "99.9" of "int8:static:99.9"; "" for others."""
+    found = re.fullmatch(r"int8:static:(ema|\d+(?:\.\d+)?)", activation)
+    return found.group(1) if found else ""
 
 
 def group_size(activation: str) -> int:

@@ -5,8 +5,6 @@ change it, so that a forward over a whole text rounds each key and value as gene
 is padding is zeros, and stays so.
 """
 
-from functools import partial
-
 import jax
 
 from research.quant.grid import Grid, calibrate, encode
@@ -26,16 +24,3 @@ def keep(grid: Grid | None, x_bskh: jax.Array) -> Kept:
 def read_back(kept: Kept) -> jax.Array:
     """Return what `keep` was given, on its grid, in the dtype that it had."""
     return kept.decode() if isinstance(kept, Encoded) else kept
-
-
-def keep_and_read_back(grid: Grid | None, x_bskh: jax.Array) -> jax.Array:
-    """Return keys or values as they will be read back from the cache; the gradient passes unchanged."""
-    return x_bskh if grid is None else _round(grid, x_bskh)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _round(grid: Grid, x_bskh: jax.Array) -> jax.Array:
-    return read_back(keep(grid, x_bskh))
-
-
-_round.defvjp(lambda grid, x_bskh: (_round(grid, x_bskh), None), lambda grid, _, gradient: (gradient,))

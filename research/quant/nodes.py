@@ -1,6 +1,6 @@
 """The two pytree nodes that carry quantized weights: `Encoded` at rest, `Quantized` on its way through the model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class Encoded:
     dtype: str = field(metadata={"static": True})
     held_dtype: str = field(metadata={"static": True})
     offset: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    """Static scale of the activation that the weight multiplies, float32, one a stacked tensor: [l, 1, 1, 1]."""
 
     def decode(self) -> jax.Array:
         """Return the weight, shape of `codes`, dtype `self.dtype`."""
@@ -46,6 +48,8 @@ class Quantized:
     grid: Grid = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
     offset: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    """As in `Encoded`; the seam finds it with the weight, sliced by the scan over layers like the weight."""
 
     def dense(self) -> jax.Array:
         """Return the weight as an array of dtype `self.dtype`."""
@@ -62,10 +66,15 @@ def is_encoded(node: object) -> bool:
     return isinstance(node, Encoded)
 
 
+def view_of(encoded: Encoded, value: jax.Array | None) -> Quantized:
+    """Return the node that the model is called with for an on-grid weight and its value."""
+    parts = encoded.codes, encoded.scale, encoded.grid, encoded.dtype, encoded.offset, encoded.input_scale
+    return Quantized(value, *parts)
+
+
 def stored(encoded: Encoded) -> Quantized:
     """Return the node that the model is called with when only codes and scales are held, in as little as they take."""
-    codes = encoded.codes.astype(encoded.held_dtype)
-    return Quantized(None, codes, encoded.scale, encoded.grid, encoded.dtype, encoded.offset)
+    return replace(view_of(encoded, None), codes=encoded.codes.astype(encoded.held_dtype))
 
 
 def dense(weight: Weight) -> jax.Array:

@@ -20,6 +20,7 @@ on the grid from then on. Leaves that no rule quantizes go straight to the inner
 The order of the first two lines matters: `init` copies the float weights into the latents.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +32,10 @@ from research.quant.anneal import annealed
 from research.quant.estimator import pull_back
 from research.quant.grid import encode
 from research.quant.latents import keep_latent
-from research.quant.nodes import Encoded, Quantized
+from research.quant.nodes import Encoded, view_of
 from research.quant.oscillation import count_oscillation, freeze_codes, freeze_latent, start_counting
 from research.quant.policy import Format, Policy, shapes_by_path
+from research.quant.ranges import uncalibrated
 from research.quant.scales import Ruler, first_logarithm, fresh_ruler, logarithm_gradient, next_logarithm, next_ruler
 from research.quant.stages import at_step
 from research.quant.state import QuantizeState, find, is_masked, is_node, map_formats, replace_state
@@ -47,6 +49,7 @@ def quantize(
     *,
     dtype: str | None = None,
     scales: optax.GradientTransformation | None = None,
+    settle: Callable[[str, Encoded], Encoded] = lambda path, encoded: encoded,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `inner` so that its steps land on the grids of `policy`. To be the last transformation of a chain.
 
@@ -56,7 +59,8 @@ def quantize(
 
     `dtype` is that of the quantized params that the model uses, where `init` is called with wider ones, so that the
     latents start unrounded; None: the dtype that `init` finds. `scales` steps the base-2 logarithms of learned scales,
-    so that its learning rate is relative to their size; None: `optax.adam(1e-3)`.
+    so that its learning rate is relative to their size; None: `optax.adam(1e-3)`. `settle` may say, by path, where new
+    codes and scales go on a mesh whose latents lie elsewhere.
     """
     inner = optax.with_extra_args_support(inner)
     scales = optax.adam(1e-3) if scales is None else scales
@@ -65,7 +69,8 @@ def quantize(
         formats, step = policy.formats(shapes_by_path(params)), jnp.zeros((), jnp.int32)
 
         def first(form: Format, w: jax.Array, log_scale: Any, p: jax.Array) -> Encoded:
-            return _encode(form, w, fresh_ruler(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
+            found = _encode(form, w, fresh_ruler(form, w, log_scale, step), step, dtype or jnp.dtype(p.dtype).name)
+            return replace(found, input_scale=uncalibrated(form))
 
         wide = map_formats(formats, lambda _, p: jnp.array(p, jnp.float32, copy=True), params)
         latent = map_formats(formats, lambda form, w: keep_latent(form, w, step), wide)
@@ -102,7 +107,8 @@ def quantize(
         learned, scale_state = _learn(scales, state, grads, latent, step)
 
         def land(form: Format, e: Encoded, before: jax.Array, after: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, after, next_ruler(form, e, before, after, log_scale, step), step, e.dtype)
+            ruler = next_ruler(form, e, before, after, log_scale, step)
+            return replace(_encode(form, after, ruler, step, e.dtype), input_scale=e.input_scale)
 
         landed = map_formats(formats, land, state.encoded, state.latent, latent, learned)
         counted = map_formats(
@@ -114,6 +120,7 @@ def quantize(
         )
         encoded = map_formats(formats, lambda form, c, e: freeze_codes(form, c, e, step), counted, landed)
         latent = map_formats(formats, freeze_latent, counted, encoded, latent)
+        encoded = map_formats(formats, lambda form, e: settle(form.path, e), encoded)
         following = QuantizeState(step, inner_state, latent, encoded, learned, scale_state, counted, state.formats)
 
         def difference(_: Format, used: jax.Array, p: jax.Array, change: jax.Array) -> jax.Array:
@@ -151,7 +158,7 @@ def view(params: PyTree, state: PyTree) -> PyTree:
     """
 
     def one(form: Format, e: Encoded, p: jax.Array) -> Any:
-        return p if form.rule.end_step else Quantized(p, e.codes, e.scale, e.grid, e.dtype, e.offset)
+        return p if form.rule.end_step else view_of(e, p)
 
     found = find(state)
     return map_formats(dict(found.formats), one, found.encoded, params, keep=1)
@@ -179,7 +186,8 @@ def with_latents(state: PyTree, latents: PyTree) -> PyTree:
         formats, step = dict(found.formats), found.count
 
         def land(form: Format, e: Encoded, w: jax.Array, log_scale: Any) -> Encoded:
-            return _encode(form, w, fresh_ruler(form, w, log_scale, step), step, e.dtype)
+            found = _encode(form, w, fresh_ruler(form, w, log_scale, step), step, e.dtype)
+            return replace(found, input_scale=e.input_scale)
 
         latent = map_formats(formats, lambda form, w: keep_latent(form, _widen(w), step), latents)
         landed = map_formats(formats, land, found.encoded, latent, found.learned)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from research.config import Rule
 from research.errors import UserError, nearest
 from research.padding import Padding
-from research.quant.activations import group_size
+from research.quant.activations import group_size, statistic_of
 from research.quant.grid import GRIDS, SCALES, Grid, Shape, bytes_of
 
-ACTIVATIONS = ("none", "int8", "int8:group:32")
+ACTIVATIONS = ("none", "int8", "int8:group:32", "int8:static:ema", "int8:static:99.9")
 STACKED = "le"
 """Letters of axes that stack whole tensors, layers and experts: they never share a scale."""
 
@@ -41,7 +41,7 @@ class Format:
 
     `elements`: weights that share a scale, without padding; 0 for cast grids. `earlier`: grids that the tensor is on
     before, each with the step that ends it. `path`, `size` and `padding`: of the tensor; how many weights it has, and
-    where they lie, without padding.
+    where they lie, without padding. `input_scale_shape`: of the static scale of what it multiplies, None without.
     """
 
     grid: Grid
@@ -53,6 +53,7 @@ class Format:
     path: str = ""
     size: int = 0
     padding: Padding | None = None
+    input_scale_shape: Shape | None = None
 
     @property
     def held_dtype(self) -> str:
@@ -110,13 +111,14 @@ class Policy:
 def _format(path: str, shape: Shape, rule: Rule, grid: Grid, leaf: Leaf | None) -> Format:
     padding = leaf.padding if leaf else None
     size = prod(leaf.logical if leaf else shape)
+    inputs = _scale_shape(path, shape, _known(leaf, path, shape), "tensor") if statistic_of(rule.activation) else None
     if not grid.is_scaled:
-        return Format(grid, (), "", rule, path=path, size=size, padding=padding)
+        return Format(grid, (), "", rule, path=path, size=size, padding=padding, input_scale_shape=inputs)
     leaf = _known(leaf, path, shape)
     scale_shape = _scale_shape(path, shape, leaf, rule.granularity)
     earlier = tuple((GRIDS[name], end) for name, end in rule.earlier_grids)
     elements = _elements(leaf, rule.granularity)
-    return Format(grid, scale_shape, rule.granularity, rule, elements, earlier, path, size, padding)
+    return Format(grid, scale_shape, rule.granularity, rule, elements, earlier, path, size, padding, inputs)
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -144,11 +146,21 @@ def _check(rule: Rule) -> None:
                 f"quantization rule {rule.match!r}: earlier={rule.earlier!r} leads from int8 codes to int8 codes, and"
                 f" {name} has none; take int8, int4, int3, int2, ternary or q4_0"
             )
-    group = group_size(rule.activation)
-    if rule.activation not in ACTIVATIONS and not group:
+    group, statistic = group_size(rule.activation), statistic_of(rule.activation)
+    if rule.activation not in ACTIVATIONS and not group and not statistic:
         raise UserError(
             f"quantization rule {rule.match!r}: activation={rule.activation!r} is no grid of activations"
             + nearest(rule.activation, ACTIVATIONS)
+        )
+    if statistic not in ("", "ema") and not 0 < float(statistic) <= 100:
+        raise UserError(
+            f"quantization rule {rule.match!r}: activation={rule.activation!r}; give a percentile above 0, up to 100"
+        )
+    if statistic and (GRIDS[rule.weight].is_identity or rule.end_step):
+        reason = f"end_step={rule.end_step}" if rule.end_step else f"weight={rule.weight!r}"
+        raise UserError(
+            f"quantization rule {rule.match!r}: activation={rule.activation!r} keeps its scale with the weight's codes,"
+            f" and {reason} has none; take a grid from the start, or activation='int8'"
         )
     if rule.scale and rule.scale not in SCALES:
         raise UserError(
@@ -306,5 +318,7 @@ def _row(policy: Policy, path: str, shape: Shape, form: Format | None) -> Covera
         return Coverage(path, shape, "fp32", "", activation, f"{rule.match} (kept float)", 4 * prod(shape))
     code_bytes = bytes_of(prod(shape), form.held_dtype)
     scale_bytes = (form.grid.is_scaled + form.grid.is_affine) * 2 * prod(form.scale_shape)
+    if form.input_scale_shape is not None:
+        scale_bytes += 4 * prod(form.input_scale_shape)
     names = " → ".join((*(grid.name for grid, _ in form.earlier), form.grid.name))
     return Coverage(path, shape, names, form.granularity, activation, rule.match, code_bytes + scale_bytes)

@@ -1,7 +1,7 @@
 """The state of `quantize`, and what can be asked of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -65,6 +65,21 @@ def latents(state: PyTree) -> PyTree:
 def export(state: PyTree) -> PyTree:
     """Return (codes, scale) of each quantized leaf as `Encoded`, `optax.MaskedNode` elsewhere. Nothing is rounded."""
     return find(state).encoded
+
+
+def with_input_scales(state: PyTree, scales: Mapping[str, jax.Array]) -> PyTree:
+    """Return `state` with static scales of activations, by the path of the weight that multiplies them.
+
+    Each is float32 of the format's `input_scale_shape`; they stay as they are in every update.
+    """
+
+    def one(form: Format, e: Encoded) -> Encoded:
+        return replace(e, input_scale=scales[form.path]) if form.path in scales else e
+
+    def change(found: QuantizeState) -> QuantizeState:
+        return replace(found, encoded=map_formats(dict(found.formats), one, found.encoded))
+
+    return replace_state(state, change)
 
 
 def oscillation(state: PyTree) -> dict[str, jax.Array]:

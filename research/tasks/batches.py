@@ -10,13 +10,14 @@ The last token of an answer, the end of the turn, is predicted but never read. L
 as each shape costs a compilation, and rows of similar length share a micro-batch, as padding costs time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from research.config import TrainConfig
 from research.errors import UserError
 from research.tasks.encoding import EncodedExamples
 
@@ -31,6 +32,8 @@ class Batch(NamedTuple):
     """Token ids; 0 where there is padding."""
     position_bt: np.ndarray
     """Position for the rotary embedding; 0 where there is padding."""
+    index_bt: np.ndarray
+    """Place in the row, which is what causality goes by; t itself but for `reordered` batches."""
     branch_bt: np.ndarray
     """0 = prompt, j ≥ 1 = the j-th answer in this row, -1 = padding."""
     source_ba: np.ndarray
@@ -43,7 +46,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """A batch whose rows have one branch a label, and the examples that the rows are."""
+    """A batch whose rows have one branch a label, and the examples that the rows are. A plain text has one branch."""
 
     batch: Batch
     example_b: np.ndarray
@@ -79,97 +82,75 @@ class TrainingOrder:
         return np.array([self._shuffled[start + i] for i in range(self.batch_size)])
 
 
-def training_batches(
-    examples: EncodedExamples,
-    lengths: Sequence[int],
-    *,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    accumulate: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.MapDataset[tuple[Batch, ...]]:
+@dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """What a training split is cut into batches by; `label_rows` and `window_rows` make it.
+
+    Attributes:
+      length_e: tokens that the row of each example reads, int [e].
+      sizes: increasing sizes of t; a micro-batch gets the smallest that holds its longest row.
+      make: (numbers of examples, t) → the batch of their rows.
+    """
+
+    length_e: np.ndarray
+    sizes: Sequence[int]
+    make: Callable[[np.ndarray, int], Batch]
+
+
+def label_rows(examples: EncodedExamples, lengths: Sequence[int]) -> TrainingRows:
+    """Return rows of one branch, the true label's; `lengths`: sizes of t, in tokens."""
+    slots = max(len(answer) for answer in examples.answers)
+    pairs = [
+        (prompt, [examples.answers[label]]) for prompt, label in zip(examples.prompts, examples.gold_e, strict=True)
+    ]
+    # The last token of an answer is not read.
+    length_e = np.array([len(prompt) + len(answer) - 1 for prompt, (answer,) in pairs])
+    return TrainingRows(
+        length_e,
+        lengths,
+        lambda numbers, length: _make_batch([pairs[number] for number in numbers], len(numbers), length, slots),
+    )
+
+
+def window_rows(windows: Sequence[np.ndarray], length: int) -> TrainingRows:
+    """Return rows of plain text, a window each; every token but a window's first is predicted.
+
+    `windows`: token ids of each, at most `length`, which is t of all batches.
+    """
+    return TrainingRows(
+        np.array([len(window) for window in windows]),
+        (length,),
+        lambda numbers, length: window_batch([windows[number] for number in numbers], len(numbers), length),
+    )
+
+
+def training_batches(rows: TrainingRows, train: TrainConfig) -> grain.MapDataset[tuple[Batch, ...]]:
     """Return the micro-batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch.
 
-    Rows have one branch, the true label's. The rows of a step are a fair sample; they are sorted by length before they
-    are cut into micro-batches, each padded on its own, so little is wasted. (Sorting across steps would save more, but
-    where length and label go together it makes batches of one label, and training swings between them.)
-    What a step gets doesn't depend on `steps` nor on what was read before.
+    The rows of a step are a fair sample; they are sorted by length before they are cut into micro-batches, each padded
+    on its own, so little is wasted. (Sorting across steps would save more, but where length and label go together it
+    makes batches of one label, and training swings between them.)
+    What a step gets doesn't depend on `train.steps` nor on what was read before.
 
     Args:
-        examples: the encoded training split.
-        lengths: increasing sizes of t, in tokens; a micro-batch gets the smallest that holds its longest row.
-        seed: of the order.
-        steps: length of the dataset.
-        batch_size: rows of a step over all micro-batches and processes.
-        accumulate: micro-batches of a step.
-        process_index, process_count: which contiguous part of each micro-batch's rows this process gets. t is that of
-            the whole micro-batch, so that all processes run the same program.
+        rows: the training split.
+        train: says seed, steps, batch size and micro-batches.
 
     Raises:
-        UserError: a batch larger than the split, or one that doesn't divide into micro-batches over the processes.
+        UserError: a batch larger than the split.
     """
-    _require_parts(batch_size, accumulate, process_count)
-    # The last token of an answer is not read.
-    row_lengths = np.array(
-        [
-            len(prompt) + len(examples.answers[label]) - 1
-            for prompt, label in zip(examples.prompts, examples.gold_e, strict=True)
-        ]
-    )
-    order = TrainingOrder(len(row_lengths), seed, batch_size)
-    slots = max(len(answer) for answer in examples.answers)
+    order = TrainingOrder(len(rows.length_e), train.seed, train.batch_size)
 
     def make(step: int) -> tuple[Batch, ...]:
         numbers = order.rows(step)
-        by_length = numbers[np.argsort(row_lengths[numbers], kind="stable")]
-        return tuple(make_part(part) for part in np.split(by_length, accumulate))
+        by_length = numbers[np.argsort(rows.length_e[numbers], kind="stable")]
+        return tuple(make_part(part) for part in np.split(by_length, train.accumulate))
 
     def make_part(numbers: np.ndarray) -> Batch:
-        length = bucket(int(row_lengths[numbers].max()), lengths)
-        local = np.split(numbers, process_count)[process_index]
-        rows = [(examples.prompts[number], [examples.answers[examples.gold_e[number]]]) for number in local]
-        return _make_batch(rows, len(local), length, slots)
+        length = bucket(int(rows.length_e[numbers].max()), rows.sizes)
+        return rows.make(numbers, length)
 
-    return grain.MapDataset.range(steps).map(make)
-
-
-def _require_parts(batch_size: int, accumulate: int, process_count: int) -> None:
-    parts = accumulate * process_count
-    if batch_size % parts:
-        raise UserError(
-            f"train.batch_size={batch_size} does not divide into train.accumulate={accumulate} micro-batches over "
-            f"{process_count} processes; give a multiple of {parts}"
-        )
-
-
-def window_training_batches(
-    windows: Sequence[np.ndarray],
-    length: int,
-    *,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    accumulate: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.MapDataset[tuple[Batch, ...]]:
-    """Return the micro-batches of a run over windows of plain text, by step; arguments as in `training_batches`.
-
-    `windows`: token ids of each, at most `length`; every token but a window's first is predicted.
-    """
-    _require_parts(batch_size, accumulate, process_count)
-    order = TrainingOrder(len(windows), seed, batch_size)
-
-    def make(step: int) -> tuple[Batch, ...]:
-        return tuple(make_part(part) for part in np.split(order.rows(step), accumulate))
-
-    def make_part(numbers: np.ndarray) -> Batch:
-        local = np.split(numbers, process_count)[process_index]
-        return window_batch([windows[number] for number in local], len(local), length)
-
-    return grain.MapDataset.range(steps).map(make)
+    return grain.MapDataset.range(train.steps).map(make)
 
 
 def scoring_batches(examples: EncodedExamples, lengths: Sequence[int], batch_size: int) -> Iterator[ScoringBatch]:
@@ -188,19 +169,19 @@ def scoring_batches(examples: EncodedExamples, lengths: Sequence[int], batch_siz
         yield ScoringBatch(batch, np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1))
 
 
-def label_logp(batch: Batch, logp_ba: np.ndarray, labels: int) -> np.ndarray:
-    """Sum the log-probabilities of predicted tokens over each label's answer.
+def label_sums(batch: Batch, x_ba: np.ndarray, labels: int) -> np.ndarray:
+    """Sum what is known of predicted tokens, e.g. their log-probability, over each label's answer.
 
     Args:
-        batch: as `scoring_batches` made it.
-        logp_ba: log-probability of `target_ba`, nats, [b, a]; whatever stands in unused slots is ignored.
+        batch: as `scoring_batches` or `window_scoring_batches` made it.
+        x_ba: a number for each of `target_ba`, [b, a]; whatever stands in unused slots is ignored.
         labels: number of labels.
 
     Returns:
-        Log-probability of each label, float64, [b, y]; 0 in empty rows.
+        Sum of each label, float64, [b, y]; 0 in empty rows.
     """
     used_bay = batch.answer_ba[:, :, None] == np.arange(1, labels + 1)
-    return np.where(used_bay, np.asarray(logp_ba, np.float64)[:, :, None], 0.0).sum(axis=1)
+    return np.where(used_bay, np.asarray(x_ba, np.float64)[:, :, None], 0.0).sum(axis=1)
 
 
 def gather_examples(batches: Iterable[tuple[ScoringBatch, np.ndarray]], examples: int) -> np.ndarray:
@@ -246,8 +227,20 @@ def text_batches(tokens: Sequence[int], window: int, batch_size: int = 1) -> Ite
     length = min(window, len(ids))
     # A last window of one token predicts nothing.
     windows = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
+    for part in window_scoring_batches(windows, length, batch_size):
+        yield part.batch
+
+
+def window_scoring_batches(windows: Sequence[np.ndarray], length: int, batch_size: int) -> Iterator[ScoringBatch]:
+    """Yield batches that score windows of plain text, of at most `length` tokens, each once and in their order.
+
+    A window is one branch, as if all its tokens but the first were the answer of an only label. The last batch is
+    filled up with empty rows.
+    """
     for start in range(0, len(windows), batch_size):
-        yield window_batch(windows[start : start + batch_size], batch_size, length)
+        part = windows[start : start + batch_size]
+        numbers = np.pad(np.arange(start, start + len(part)), (0, batch_size - len(part)), constant_values=-1)
+        yield ScoringBatch(window_batch(part, batch_size, length), numbers)
 
 
 def window_batch(windows: Sequence[np.ndarray], batch_size: int, length: int) -> Batch:
@@ -262,14 +255,29 @@ def window_batch(windows: Sequence[np.ndarray], batch_size: int, length: int) ->
     return batch
 
 
+def without_empty_rows(batch: Batch) -> Batch:
+    """Return the batch with the one token of its empty rows marked as padding: it is of no text."""
+    return batch._replace(branch_bt=np.where(_filled(batch)[:, None], batch.branch_bt, -1))
+
+
+def reordered(batch: Batch, order_t: np.ndarray) -> Batch:
+    """Return a batch whose token at place t is that of place `order_t[t]`; what the slots predict stays the same."""
+    tokens = {name: getattr(batch, name)[:, order_t] for name in ("tokens_bt", "position_bt", "index_bt", "branch_bt")}
+    return batch._replace(**tokens, source_ba=np.argsort(order_t).astype(np.int32)[batch.source_ba])
+
+
 def padding_share(batches: Iterable[Batch]) -> float:
     """Return the fraction of the batches' positions that hold no token of an example."""
     total = used = 0
     for batch in batches:
-        filled_b = (batch.answer_ba > 0).any(axis=1)
         total += batch.branch_bt.size
-        used += int((batch.branch_bt[filled_b] >= 0).sum())
+        used += int((batch.branch_bt[_filled(batch)] >= 0).sum())
     return 1 - used / total if total else 0.0
+
+
+def _filled(batch: Batch) -> np.ndarray:
+    """Return which rows are no empty ones, boolean [b]."""
+    return np.any(batch.answer_ba > 0, axis=1)
 
 
 def bucket(length: int, lengths: Sequence[int]) -> int:
@@ -307,8 +315,8 @@ def _put(batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, 
 
 def _empty_batch(batch_size: int, length: int, slots: int) -> Batch:
     """Return a batch of empty rows; its arrays are there to be filled."""
-    token_arrays = [np.zeros((batch_size, length), np.int32) for _ in range(3)]
-    slot_arrays = [np.zeros((batch_size, slots), np.int32) for _ in range(3)]
-    batch = Batch(*token_arrays, *slot_arrays)
+    tokens, position, branch = (np.zeros((batch_size, length), np.int32) for _ in range(3))
+    index = np.tile(np.arange(length, dtype=np.int32), (batch_size, 1))
+    batch = Batch(tokens, position, index, branch, *(np.zeros((batch_size, slots), np.int32) for _ in range(3)))
     batch.branch_bt[:, 1:] = -1
     return batch

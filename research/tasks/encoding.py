@@ -14,7 +14,7 @@ The whole prompt is encoded in one piece, as it is when the model is asked the s
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -75,6 +75,11 @@ class EncodedExamples:
     def answer_tokens_y(self) -> np.ndarray:
         """Predicted tokens of each label's answer, int64, [y]."""
         return np.array([len(answer) for answer in self.answers])
+
+    def take(self, numbers: np.ndarray) -> "EncodedExamples":
+        """Return the examples of these numbers, in their order."""
+        prompts = tuple(self.prompts[number] for number in numbers)
+        return replace(self, prompts=prompts, gold_e=self.gold_e[numbers])
 
 
 def make_encoder(task: Task, config: TaskConfig, tokenizer: Tokenizer) -> Encoder:

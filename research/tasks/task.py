@@ -20,7 +20,8 @@ PLACEHOLDER = "{text}"
 Item = TypeVar("Item")
 
 # Upper ends of the splits on the unit interval that hashes fall into: 80 % train, 10 % validation, 10 % test.
-_SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))
+_ENDS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))
+SPLITS = tuple(name for name, _ in _ENDS)
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ def _deduplicate(rows: Iterable[Example]) -> tuple[list[Example], int, int]:
 
 def split_by_hash(items: Iterable[Item], text_of: Callable[[Item], str]) -> dict[str, tuple[Item, ...]]:
     """Return split name → items, in the order of their texts' hashes: 80 % train, 10 % validation, 10 % test."""
-    splits: dict[str, list[Item]] = {name: [] for name, _ in _SPLITS}
+    splits: dict[str, list[Item]] = {name: [] for name in SPLITS}
     hashed = [(sha256(normalise(text_of(item)).encode()).digest(), item) for item in items]
     for digest, item in sorted(hashed, key=lambda pair: pair[0]):
         place = int.from_bytes(digest[:8], "big") / 2**64
-        splits[next(name for name, end in _SPLITS if place < end or end == 1.0)].append(item)
+        splits[next(name for name, end in _ENDS if place < end or end == 1.0)].append(item)
     return {name: tuple(found) for name, found in splits.items()}
 
 

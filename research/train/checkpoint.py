@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from research.errors import UserError, nearest
+from research.processes import any_process, first_alone, is_loss, raise_together
 from research.train import orbax_items
 from research.train.manifest import (
     METADATA,
@@ -60,6 +60,7 @@ __all__ = [  # all that the rest of the framework needs of a checkpoint
 ]
 
 PyTree = Any
+_TURN_SECONDS = 0.2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -95,18 +96,20 @@ class Checkpointer:
         self._report = report
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._in_agreement(self._clean)
+        first_alone(partial(self._on_disk, self._clean))
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if is_loss(error):
+            return  # no save can be finished with a process missing
         try:
             self.wait()
-        except Exception as error:
+        except Exception as failure:
             if kind is None:
                 raise
-            self._report(str(error))  # the error that ended the block is the one to raise
+            self._report(str(failure))  # the error that ended the block is the one to raise
 
     def save(
         self, step: int, items: Mapping[str, PyTree], metadata: Mapping[str, Any], *, score: float | None = None
@@ -136,7 +139,7 @@ class Checkpointer:
             bytes=sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values()),
             started=time.monotonic(),
         )
-        self._in_agreement(lambda: self._prepare(pending))
+        first_alone(partial(self._on_disk, lambda: self._prepare(pending)))
         try:
             response = orbax_items.start_to_write(_unfinished_name(pending.path), flat)
         except Exception as error:
@@ -150,9 +153,11 @@ class Checkpointer:
         """Return when the running save is whole on disk; raise what it failed with, on every process."""
         if self._thread is None:
             return
-        self._thread.join()
+        # In small turns, each agreed upon: a process that is lost meanwhile is missed at once, which Orbax wouldn't.
+        while any_process(self._thread.is_alive()):
+            self._thread.join(_TURN_SECONDS)
         self._thread, error, self._error = None, self._error, None
-        _raise_together(error)
+        raise_together(error)
 
     def steps(self) -> tuple[int, ...]:
         """Return the steps of the checkpoints that have a valid manifest, oldest first; files are not hashed."""
@@ -164,17 +169,12 @@ class Checkpointer:
             shutil.rmtree(path)
             self._report(f"removed {path.name} in {self.directory}, left by a save that was interrupted")
 
-    def _in_agreement(self, action: Callable[[], None]) -> None:
-        """Let process 0 do something on the file system that all share; what it raises is raised on all."""
-        error: Exception | None = None
-        if jax.process_index() == 0:
-            try:
-                action()
-            except OSError as reason:
-                error = UserError(f"{self.directory}: {reason.strerror}; give a directory that can be written")
-            except UserError as reason:
-                error = reason
-        _raise_together(error)
+    def _on_disk(self, action: Callable[[], None]) -> None:
+        """Do something on the file system, which all processes share; what it refuses is a `UserError`."""
+        try:
+            action()
+        except OSError as reason:
+            raise UserError(f"{self.directory}: {reason.strerror}; give a directory that can be written") from None
 
     def _prepare(self, pending: _Pending) -> None:
         """Raise where the save can't work; make room under its temporary name."""
@@ -356,16 +356,6 @@ def _manifests(directory: Path) -> dict[int, Manifest]:
         except UserError:
             continue  # without a manifest it is no checkpoint; resuming names it
     return found
-
-
-def _raise_together(error: Exception | None) -> None:
-    """Raise `error`; with several processes, raise on all of them if one has an error. Also a barrier."""
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.asarray(error is not None)).any()
-        if failed and error is None:
-            error = UserError("saving failed on another process; its output says why")
-    if error is not None:
-        raise error
 
 
 def _no_room(pending: _Pending, free: str) -> UserError:

@@ -15,7 +15,7 @@ from research.model.placement import abstract
 from research.quant.policy import coverage
 from research.quant.state import find
 from research.report import coverage_rows, describe_cache, describe_padding, render_coverage, render_memory, say
-from research.setup import Setup
+from research.setup import Setup, unreached_grids
 from research.train.step import make_optimizer, start_state
 
 
@@ -24,6 +24,8 @@ def describe_setup(setup: Setup, console: Console, *, table: bool) -> None:
 
     The cache of keys and values is told of if it is quantized, or if asked.
     """
+    for line in unreached_grids(setup.policy.rules, setup.train.steps):
+        say(console, "Warning", line)
     say(console, "Padding", describe_padding(setup.table))
     if table or setup.settings.kv_grid is not None:
         say_cache(setup, console)
@@ -51,7 +53,7 @@ def memory_per_device(experiment: Experiment, setup: Setup, mesh: Mesh) -> dict[
         "codes and scales": quantized.encoded,
         "moments": quantized.inner_state,
         "oscillation": quantized.counted,
-        "gradients": abstract(floats, setup.table, mesh),
+        "gradients": abstract({"gradients": floats}, setup.table, mesh),
     }
     if experiment.train.distill:
         parts["teacher"] = abstract(floats, setup.table, mesh)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from research.architecture import Architecture
@@ -12,6 +13,7 @@ from research.errors import UserError
 from research.formats import native
 from research.model.layers import tree_of
 from research.model.placement import place, unplace
+from research.processes import first_alone
 from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import Format, leaves_by_path
 from research.quant.stages import stage_of
@@ -37,8 +39,13 @@ class _Leaves(Mapping[str, native.Leaf]):
         def part(name: str, array: Any) -> Any:
             return None if array is None else unplace(f"{path}/{name}", array, table)
 
-        codes, name = unplace(f"{path}/codes", leaf.codes, table), _name(self.setup.formats[path], self.step)
-        return native.StoredLeaf(codes, part("scale", leaf.scale), name, part("offset", leaf.offset))
+        return native.StoredLeaf(
+            codes=unplace(f"{path}/codes", leaf.codes, table),
+            scale=part("scale", leaf.scale),
+            format=_name(self.setup.formats[path], self.step),
+            offset=part("offset", leaf.offset),
+            input_scale=part("input_scale", leaf.input_scale),
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.encoded)
@@ -75,7 +82,10 @@ def write_export(
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
     leaves = stored_leaves(encoded, setup, metadata["step"])
-    native.write(directory, leaves, architecture, tokenizer, {key: metadata[key] for key in _METADATA})
+    if jax.process_count() > 1:
+        leaves = dict(leaves)  # all processes take part in fetching a leaf, and the first one alone writes
+    kept = {key: metadata[key] for key in _METADATA}
+    first_alone(lambda: native.write(directory, leaves, architecture, tokenizer, kept))
     return (directory / native.WEIGHTS).stat().st_size
 
 
@@ -94,10 +104,19 @@ def _place(path: str, leaf: native.Leaf, setup: Setup, step: int) -> Any:
     if isinstance(leaf, np.ndarray):
         return place(path, leaf, setup.table, setup.mesh)
     assert form is not None
+    if (leaf.input_scale is None) != (form.input_scale_shape is None):
+        found = "no" if leaf.input_scale is None else "a"
+        raise UserError(f"{path} has {found} static scale in the export, its config: {form.rule.activation!r}")
 
     def part(name: str, array: Any) -> Any:
         return None if array is None else place(f"{path}/{name}", array, setup.table, setup.mesh)
 
-    codes, dtype = part("codes", leaf.codes), setup.train.param_dtype
-    scale, offset = part("scale", leaf.scale), part("offset", leaf.offset)
-    return Encoded(codes, scale, form.grid, dtype, form.held_dtype, offset)
+    return Encoded(
+        codes=part("codes", leaf.codes),
+        scale=part("scale", leaf.scale),
+        grid=form.grid,
+        dtype=setup.train.param_dtype,
+        held_dtype=form.held_dtype,
+        offset=part("offset", leaf.offset),
+        input_scale=part("input_scale", leaf.input_scale),
+    )

@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from research.foundation import Foundation, load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import bytes_per_device, place_float
 from research.plot import plot_loss
+from research.processes import first_alone, from_first
 from research.report import (
     cost_footer,
+    describe_positions,
     next_commands,
     print_commands,
     render_results,
@@ -34,14 +37,17 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import RunFolder, read_config, read_metrics
-from research.setup import Setup, make_setup, require_batch_fits, setup_of
-from research.tasks.batches import training_batches
+from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
+from research.tasks.batches import ScoringBatch, label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
+from research.tasks.task import SPLITS
+from research.train.calibrate import calibrate_inputs
 from research.train.checkpoint import Checkpointer, newest_whole, read_metadata
 from research.train.dry_run import describe_setup, show_dry_run
 from research.train.export import place_export, write_export
-from research.train.fold import rotate_foundation, smooth_foundation
+from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.loop import Trained, train
+from research.train.manifest import step_path
 from research.train.open_run import open_checkpoint
 from research.train.state import (
     checkpoint_items,
@@ -52,8 +58,6 @@ from research.train.state import (
     serving_weights,
 )
 from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     """Open foundation and task and put the model together on its mesh, saying what is found."""
     mesh = make_mesh(experiment.mesh)
     say(console, "Mesh", describe(mesh))
-    require_batch_fits(experiment, mesh)
+    require_batch_fits(experiment.train, experiment.task.lengths, mesh)
     fetched: list[str] = []
 
     def report(line: str) -> None:
@@ -111,6 +115,8 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
     setup = setup_of(experiment, start.architecture, mesh)
+    if whole := describe_positions(experiment.task.lengths, mesh.shape):
+        say(console, "Positions", whole)
     return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 
@@ -134,7 +140,8 @@ def finetune(
         foundation_ey = _score_foundation(job)
         trained = _train(job, folder, resume)
         scores = {"foundation": foundation_ey, **_score_trained(job, folder, trained.state)}
-        _conclude(job, folder, trained, scores, started)
+        if jax.process_index() == 0:
+            _conclude(job, folder, trained, scores, started)
     print_commands(
         console,
         next_commands(
@@ -156,10 +163,14 @@ def dry_run(experiment: Experiment, console: Console) -> None:
 
 def _open_folder(experiment: Experiment, resume: bool) -> RunFolder:
     path = Path("runs") / experiment.run
-    if not resume:
-        return RunFolder.create(path, to_json(experiment))
-    require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
-    return RunFolder.resume(path)
+
+    def open_to_write() -> RunFolder:
+        if not resume:
+            return RunFolder.create(path, to_json(experiment))
+        require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
+        return RunFolder.resume(path)
+
+    return first_alone(open_to_write) or RunFolder.follow(path)
 
 
 def _score_test(job: Job, title: str, setup: Setup, score: Score, weights: Any) -> np.ndarray:
@@ -192,19 +203,13 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     state = _restored(job, folder, tx) if resume else None
     if state is None:
         state = make_state(tx, place_float(_smoothed(job).read, setup.table, job.mesh), setup.table, job.mesh)
+        calibration = (part.batch for part in _calibration(job))
+        state = calibrate_inputs(state, setup, calibration, lambda line: say(job.console, "Calibration", line))
     step = make_step(
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )
-    batches = training_batches(
-        job.examples.splits["train"],
-        experiment.task.lengths,
-        seed=experiment.train.seed,
-        steps=experiment.train.steps,
-        batch_size=experiment.train.batch_size,
-        accumulate=experiment.train.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    rows = label_rows(job.examples.splits["train"], experiment.task.lengths)
+    batches = training_batches(rows, experiment.train)
     folder.replace_config(to_json(experiment))  # not before now: a run that can't go on like this keeps its own
 
     def say_as(title: str) -> Callable[[str], None]:
@@ -233,17 +238,25 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     return trained
 
 
+def _calibration(job: Job) -> Iterator[ScoringBatch]:
+    """Yield the rows of a calibration, from all over the training split: a prompt and all labels, as scoring reads."""
+    experiment, examples = job.experiment, job.examples.splits["train"]
+    chosen = examples.take(spread(len(examples.prompts), experiment.fold.calibration_examples))
+    return scoring_batches(chosen, experiment.task.lengths, whole_rows(experiment.evaluation.batch_size, job.mesh))
+
+
 def _smoothed(job: Job) -> Foundation:
-    return smooth_foundation(
-        job.start, job.experiment, job.examples, job.mesh, lambda line: say(job.console, "Fold", line)
-    )
+    experiment = job.experiment
+    say_folded = partial(say, job.console, "Fold")
+    return smooth_foundation(job.start, experiment.fold, experiment.train, _calibration(job), job.mesh, say_folded)
 
 
 def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     """Return the state of the newest whole checkpoint, None (and a line) if there is none."""
-    path, skipped = newest_whole(folder.checkpoints)
+    path, skipped = first_alone(lambda: newest_whole(folder.checkpoints)) or (None, [])
     for line in skipped:
         say(job.console, "Resume", line)
+    path = _of_first(path, folder)
     if path is None:
         say(job.console, "Resume", "no whole checkpoint yet: starting from the foundation")
         return None
@@ -256,6 +269,12 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
     state = restore_state(path, job.setup, tx, metadata, verified=True)
     say(job.console, "Resume", f"from step {int(state.step)}, {path}")
     return state
+
+
+def _of_first(path: Path | None, folder: RunFolder) -> Path | None:
+    """Return the checkpoint that the first process has found; nobody else has hashed the files."""
+    step = from_first(-1 if path is None else int(path.name))
+    return None if step < 0 else step_path(folder.checkpoints, step)
 
 
 def _validation(job: Job) -> Any:
@@ -279,7 +298,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     encoded = encoded_weights(state)
     scores = {"finetuned": _score_test(job, "Scoring the fine-tuned model", job.setup, score, serving_weights(encoded))}
     directory = folder.path / "export"
-    shutil.rmtree(directory, ignore_errors=True)  # made from the state, and made anew
+    first_alone(lambda: shutil.rmtree(directory, ignore_errors=True))  # made from the state, and made anew
     metadata = job.metadata | {"step": int(state.step)}
     write_export(directory, encoded, job.setup, job.start.architecture, job.start.tokenizer, metadata)
     say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
@@ -327,6 +346,7 @@ def _conclude(job: Job, folder: RunFolder, trained: Trained, scores: Mapping[str
             "download_seconds": job.download_seconds,
             "foundation_source": job.foundation.source,
             "test_examples": len(test.prompts),
+            "processes": jax.process_count(),
         },
         **costs,
     )

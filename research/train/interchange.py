@@ -5,7 +5,7 @@ they are the decoded weights, float32(code) · float32(scale): 8 + 11 bits, whic
 round.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def write_gguf(
         held.setdefault(entry.type, []).append(leaf)
     types = " · ".join(f"{name}: {_list(paths)}" for name, paths in held.items())
     rounded = [leaf for leaf, entry in written.items() if not entry.is_exact]
-    return types, describe_rounding(type, rounded, leaves, remedy="F32")
+    return types, describe_rounding(type, rounded, leaves, remedy="F32"), *_left_out(leaves)
 
 
 def write_huggingface(
@@ -55,7 +55,7 @@ def write_huggingface(
     rounded = huggingface.write(
         directory, architecture, tokenizer, leaves, lambda path: native.decode(leaves[path]), type, _header(metadata)
     )
-    return (describe_rounding(type, rounded, leaves, remedy="float32"),)
+    return (describe_rounding(type, rounded, leaves, remedy="float32"), *_left_out(leaves))
 
 
 def write_compressed_tensors(
@@ -74,11 +74,25 @@ def write_compressed_tensors(
     held = sorted(compressed_tensors.write(directory, architecture, tokenizer, leaves, type, header))
     floats = [path for path in leaves if path not in held]
     rounds = compressed_tensors.TYPES[type].rounds_activations
-    inputs = "engines round what they multiply to int8, a scale per token" if rounds else "engines decode them"
+    static = [path for path in _with_static_inputs(leaves) if path in held and rounds]
+    per = "the static scales of the run" if static else "a scale per token"
+    inputs = f"engines round what they multiply to int8, {per}" if rounds else "engines decode them"
     return (
         f"codes and scales of the run, bit for bit: {_list(held)}; {inputs}",
         f"float32, exactly decoded: {_list(floats)}; engines round nothing that they multiply",
+        *_left_out(leaves, static),
     )
+
+
+def _with_static_inputs(leaves: Mapping[str, native.Leaf]) -> list[str]:
+    """Return the paths of the leaves that multiply an activation with a static scale."""
+    return [path for path in leaves if getattr(leaves[path], "input_scale", None) is not None]
+
+
+def _left_out(leaves: Mapping[str, native.Leaf], held: Collection[str] = ()) -> tuple[str, ...]:
+    """Return a line about static scales of activations that a file has no place for, if there are such."""
+    paths = [path for path in _with_static_inputs(leaves) if path not in held]
+    return (f"not in it: static scales of activations, of {_list(paths)}",) if paths else ()
 
 
 def _header(metadata: Mapping[str, Any]) -> dict[str, str]:

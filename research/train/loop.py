@@ -14,6 +14,7 @@ from rich.console import Console
 
 from research.config import Experiment
 from research.errors import UserError
+from research.processes import any_process
 from research.progress import Progress
 from research.run_folder import MetricsLog
 from research.setup import Setup, put_batch
@@ -77,7 +78,7 @@ def train(
                 log.append(done, line)
             note = f"{skipped} skipped" if skipped else ""
             progress.update(done, loss=values.loss, tokens_per_second=speed.tokens_per_second or None, note=note)
-            stopped = stop_requested()
+            stopped = any_process(stop_requested())
             if stopped or _due(done, experiment.checkpoint.every_steps, last):
                 save(state, line.get("validation_loss"))
             if stopped:

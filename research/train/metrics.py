@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.model.layers import visible
+from research.model.attention import mutual
+from research.setup import segments_of
 from research.tasks.batches import Batch
 
 
@@ -54,8 +55,8 @@ def answers_against_teacher(
 
 def _answer_states(model: Any, batch: Batch) -> jax.Array:
     """Return the hidden states from which the answer tokens are predicted, [b, a, d]."""
-    mask_bts = visible(jnp.asarray(batch.branch_bt), jnp.asarray(batch.branch_bt))
-    hidden_btd, _ = model(jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt), mask_bts)
+    tokens_bt, position_bt = jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt)
+    hidden_btd, _ = model(tokens_bt, position_bt, mutual(segments_of(batch)))
     return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1)
 
 

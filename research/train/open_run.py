@@ -96,7 +96,7 @@ def open_checkpoint(path: Path) -> ModelSource | None:
     if not (_is_step(path) or (path / CHECKPOINTS).is_dir()):
         return None
     opened = open_trained(path)
-    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
     setup = setup_of(opened.experiment, opened.architecture, mesh)
     with jax.set_mesh(mesh):  # whatever mesh the run to come has set
         weights = opened.weights(setup)

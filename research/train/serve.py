@@ -13,7 +13,7 @@ from research.config import Experiment
 from research.config_file import apply_overrides
 from research.errors import UserError
 from research.foundation import load_foundation
-from research.mesh import describe, make_mesh, prepare_devices
+from research.mesh import describe, make_mesh
 from research.model.placement import place_float
 from research.report import say
 from research.setup import Setup, make_setup, setup_of
@@ -36,9 +36,8 @@ class Served:
 def serving(source: Opened | str, experiment: Experiment, console: Console) -> Iterator[Served]:
     """Put a trained model, or the foundation of that name, on the mesh of `experiment`, and say what and where.
 
-    To be called before anything runs in JAX. Within the block the mesh is in context.
+    Within the block the mesh is in context.
     """
-    prepare_devices(experiment.mesh)
     mesh = make_mesh(experiment.mesh)
     say(console, "Mesh", describe(mesh))
     with jax.set_mesh(mesh):

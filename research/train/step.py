@@ -13,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import OptimizerConfig, TrainConfig
 from research.model.placement import Table, shardings
+from research.model.sharding import split
 from research.quant.moments import moment_blocks, scale_by_adam_8bit
+from research.quant.nodes import Encoded
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
 from research.quant.state import oscillation
@@ -73,10 +75,18 @@ def make_optimizer(
         optax.scale_by_learning_rate(make_schedule(config, train.steps)),
     )
     scales = optax.adam(config.scale_learning_rate, b1=config.b1, b2=config.b2)
-    quantized = quantize(adamw, policy, dtype=train.param_dtype, scales=scales)
+    quantized = quantize(adamw, policy, dtype=train.param_dtype, scales=scales, settle=partial(_settle, table))
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantized)
     # After so many in a row optax would accept a non-finite gradient; the loop stops the run one earlier.
     return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite))
+
+
+def _settle(table: Table, path: str, encoded: Encoded) -> Encoded:
+    """Return new codes and scales where the model uses them; they, not floats, leave the place of their latents."""
+    parameter = table[path]
+    if parameter.latent_spec == parameter.spec:
+        return encoded
+    return split(split(encoded, parameter.latent_spec), parameter.spec)
 
 
 def _scale_by_adam(config: OptimizerConfig, table: Table) -> optax.GradientTransformation:
@@ -176,7 +186,7 @@ def make_step(
     whole = NamedSharding(mesh, PartitionSpec())
     state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     scalars: Any = LossSums(whole, whole, whole)  # pyright: ignore
-    sums_layout = GradientSums(scalars, shardings(state.params, table, mesh))
+    sums_layout = GradientSums(scalars, shardings({"gradients": state.params}, table, mesh)["gradients"])
     schedule = make_schedule(optimizer, train.steps)
     loss = make_loss(graph, train, teacher)
 
@@ -208,11 +218,11 @@ def make_step(
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
+    # keep_unused: nothing reads the old values of quantized leaves, but the new ones take their place.
     state_shapes = jax.eval_shape(lambda: state.params)
     return Step(
         jax.jit(zeros, out_shardings=sums_layout),
         jax.jit(add, donate_argnums=2, out_shardings=sums_layout),
-        # Quantized params are decoded anew and not read; kept all the same, so that the new ones take their place.
         jax.jit(update, donate_argnums=0, keep_unused=True, out_shardings=(state_layout, whole)),
         teacher and teacher.weights,
     )

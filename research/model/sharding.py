@@ -1,0 +1,70 @@
+"""Where an array lies while a program computes: told to the compiler, or moved there where sharding is a type."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+
+def explicit(spec: PartitionSpec) -> PartitionSpec | None:
+    """Return `spec` where the axes of the mesh in context are Explicit, None where the compiler chooses."""
+    return spec if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types else None
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `x` with sharding `spec` on the mesh in context; unchanged if there is none (one device, no mesh).
+
+    On Explicit mesh axes nothing moves: an `x` of another sharding raises.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def ways_of(entry: str | tuple[str, ...] | None) -> int:
+    """Return into how many pieces the mesh in context splits what a spec's entry says; 1 if there is none."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return prod(sizes.get(axis, 1) for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Return `x`, part of a parameter, ready for elementwise use with an activation.
+
+    A parameter's `d` may be split over the mesh axis that splits an activation's `b`. On Explicit mesh axes that is a
+    type error, so `x` is made whole on every device; elsewhere the compiler chooses.
+    """
+    spec = explicit(PartitionSpec())
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
+    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
+
+
+def split(parts: Any, spec: PartitionSpec) -> Any:
+    """Return arrays of one shape, codes and scales, split as `spec` says; where a scale is shared nothing is split."""
+
+    def move(array: jax.Array) -> jax.Array:
+        entries = zip(array.shape, spec, strict=True)
+        return place(array, PartitionSpec(*(None if size == 1 else entry for size, entry in entries)))
+
+    return jax.tree.map(move, parts)
+
+
+def per_device(function: Callable[..., Any], inputs: Sequence[PartitionSpec], outputs: Any) -> Callable[..., Any]:
+    """Return `function` as each device of the mesh in context calls it, with what it holds; itself if there is none.
+
+    `inputs`, `outputs`: shardings of the arguments, and of what is returned. An argument may be a tree of arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    mapped = jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+    def call(*arguments: Any) -> Any:
+        return mapped(*(jax.tree.map(partial(place, spec=spec), x) for x, spec in zip(arguments, inputs, strict=True)))
+
+    return call
