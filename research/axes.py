@@ -32,6 +32,8 @@ ACTIVATION: Mapping[str, MeshAxes] = {
 LATENT_OVER_DATA: Mapping[str, MeshAxes] = {**PARAM, "d": ("fsdp", "data")}
 """How latents and moments are split under ZeRO (Rajbhandari et al. 2020); otherwise they lie like parameters."""
 RESIDUAL: Mapping[str, MeshAxes] = {"b": ROWS, "t": ("context", "tensor")}
+LOOKED_UP: Mapping[str, MeshAxes] = {"b": ("replica", "data"), "t": "context", "d": "fsdp"}
+"""How vectors of tokens are split where they are looked up: by the part of `d` that a device has of the table."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class AxisRules:
     latents: Mapping[str, MeshAxes] = field(default_factory=lambda: PARAM)
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATION)
     residuals: Mapping[str, MeshAxes] = field(default_factory=lambda: RESIDUAL)
+    looked_up: Mapping[str, MeshAxes] = field(default_factory=lambda: LOOKED_UP)
 
     def param(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of a parameter whose axes are `letters`, e.g. "ldnh"."""
@@ -58,6 +61,10 @@ class AxisRules:
     def residual(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of the residual stream, whose axes are `letters`: "btd"."""
         return _spec(letters, self.residuals)
+
+    def look_up(self, letters: str) -> PartitionSpec:
+        """Return the sharding spec of vectors of tokens where they are looked up, "btd", or of their tokens, "bt"."""
+        return _spec(letters, self.looked_up)
 
     def with_params(self, **changes: MeshAxes) -> "AxisRules":
         """Return rules whose parameters, latents too, are split otherwise in some letters: `with_params(k=None)`."""

@@ -74,6 +74,15 @@ class Settings:
         spec = self.rules.residual("btd")
         return self.spec("btd", t) if t % ways_of(spec[1]) else spec
 
+    def look_up(self, letters: str, t: int) -> PartitionSpec:
+        """Return the sharding of vectors "btd", or of their tokens "bt", where the embedding is looked up.
+
+        Said to the compiler in so many words, forward and thereby backward: left to itself it gathers the gradients of
+        all rows on every device of some meshes.
+        """
+        spec = self.rules.look_up(letters)
+        return PartitionSpec(spec[0], self.spec("bt", t)[1], *spec[2:])
+
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
         return place(x, self.spec(letters, x.shape[letters.index("t")] if "t" in letters else 0))
@@ -144,9 +153,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
-        spec = self.settings.spec("btd", tokens_bt.shape[1])
-        rows_btd = _rows(weight(self.table_vd), self.settings.constrain(tokens_bt, "bt"), spec)
-        return self.settings.scatter(rows_btd.astype(self.settings.compute_dtype))
+        settings, t = self.settings, tokens_bt.shape[1]
+        spec, tokens_spec = settings.look_up("btd", t), settings.look_up("bt", t)
+        rows_btd = place(_rows(weight(self.table_vd), place(tokens_bt, tokens_spec), spec), spec)
+        return settings.scatter(place(rows_btd.astype(settings.compute_dtype), settings.spec("btd", t)))
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
