@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,8 @@ def prepare(how: Input, x: jax.Array, input_scale: jax.Array | None) -> Weight:
 
 def _prepare_fwd(how: Input, x: jax.Array, input_scale: jax.Array | None):
     if how.activation == "none":
-        return _move(x.astype(how.dtype), how), None
+        x = x.astype(how.dtype)
+        return (x if how.used is None else place(x, how.used)), None
     inside = None
     if input_scale is not None:
         codes, scale, inside = _round_to_static(how, x, whole(input_scale))
@@ -85,8 +85,8 @@ def _prepare_bwd(how: Input, inside: jax.Array | None, gradient: Weight) -> tupl
 prepare.defvjp(_prepare_fwd, _prepare_bwd)
 
 
-def _move(parts: Any, how: Input) -> Any:
-    """Return an activation, or its codes and scales, where the products want it.
+def _move(parts: tuple[jax.Array, jax.Array], how: Input) -> tuple[jax.Array, jax.Array]:
+    """Return codes and scales of an activation where the products want it.
 
     Said to lie where it came first: the compiler would move the float that codes are made of, otherwise.
     """

@@ -72,9 +72,7 @@ def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
 
 def _product_flops(product: Product) -> float:
     """Operations of one product on a device, its weight gathered."""
-    layout = product.layout
-    rows = layout.elements(product.rows, layout.activations)
-    return 2.0 * rows * layout.elements(product.letters, layout.params, product.gathered)
+    return 2.0 * product.used(product.rows) * product.used(product.letters)
 
 
 def _attention_flops(job: Job, step: AbstractStep) -> float:
