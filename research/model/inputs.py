@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from research.model.sharding import place, split, whole
+from research.model.sharding import moves, place, split, whole
 from research.quant.activations import (
     dequantize_tokens,
     group_size,
@@ -51,8 +51,9 @@ def prepare(how: Input, x: jax.Array, input_scale: jax.Array | None) -> Weight:
 
 def _prepare_fwd(how: Input, x: jax.Array, input_scale: jax.Array | None):
     if how.activation == "none":
-        x = x.astype(how.dtype)
-        return (x if how.used is None else place(x, how.used)), None
+        # Where nothing moves nothing is said: what is said is another array, which the backward pass would keep, too.
+        x, lies, used = x.astype(how.dtype), how.lies, how.used
+        return (place(x, used) if lies is not None and used is not None and moves(lies, used) else x), None
     inside = None
     if input_scale is not None:
         codes, scale, inside = _round_to_static(how, x, whole(input_scale))

@@ -204,7 +204,7 @@ class Attention(nnx.Module):
         else:
             cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
             out_btnh = attend_to_cache(self._how(x_btd.shape[1], "s"), q_btnh, *read(cache, slot.layer), *sight)
-        out_btnh = self.settings.constrain(self._drop_padding(out_btnh), "btnh")
+        out_btnh = self._drop_padding(out_btnh)
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
 
     def _how(self, t: int, keys: str) -> How:
