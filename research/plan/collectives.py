@@ -150,7 +150,7 @@ def unpredicted(job: Job, mesh_sizes: Mapping[str, int]) -> list[str]:
 def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives of an optimizer step as XLA is expected to emit them, `merged`."""
     parts = job.experiment.train.accumulate
-    layout = _layout(job, step)
+    layout = layout_of(job, step)
     micro = [*_of_norms(job, step, layout), *_of_embedding(job, step, layout), *_of_loss(job, layout)]
     inputs: dict[tuple[str, str], Product] = {}
     for product in products(job, step):
@@ -190,7 +190,8 @@ def _stream(product: Product, letters: str, over: str, *, rounded: bool) -> Iter
         yield _one("all-reduce", axes, product.compute, product.used(letters), product.times)
 
 
-def _layout(job: Job, step: AbstractStep) -> Layout:
+def layout_of(job: Job, step: AbstractStep) -> Layout:
+    """Return the sizes and tables of a step; positions that don't divide are whole in the residual stream, too."""
     sizes = {
         letter: size
         for parameter in step.setup.table.values()
@@ -221,7 +222,7 @@ def _one(kind: str, axes: tuple[str, ...], dtype: str, elements: int, times: int
 
 def products(job: Job, step: AbstractStep) -> Iterator[Product]:
     """Yield every product with a weight; the head's is the last."""
-    setup, train, layout = step.setup, job.experiment.train, _layout(job, step)
+    setup, train, layout = step.setup, job.experiment.train, layout_of(job, step)
     head = "head/table_vd" if "head/table_vd" in setup.table else "embed/table_vd"
     for path, parameter in setup.table.items():
         if not parameter.contract or (path.startswith("embed/") and path != head):
@@ -273,7 +274,7 @@ def _of_product(product: Product) -> Iterator[Collective]:
     # The weight is gathered in both passes. What a layer computes anew finds it gathered; that of the head stands
     # before the loop over its chunks.
     forward = 1 if product.is_head else times
-    for dtype, axes, elements in _weight_parts(product):
+    for dtype, axes, elements in weight_parts(product):
         yield _one("all-gather", axes, dtype, elements, forward + times)
     # Nothing in a layer depends on what ends it, so that isn't computed anew.
     outputs = (2 if product.again and product.parameter.contract != "f" else 1) * times
@@ -289,7 +290,7 @@ def _of_product(product: Product) -> Iterator[Collective]:
     yield from _gradient("all-reduce", product)
 
 
-def _weight_parts(product: Product) -> Iterator[tuple[str, tuple[str, ...], int]]:
+def weight_parts(product: Product) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """Yield dtype, mesh axes and elements of the arrays that a weight is gathered as: codes and scales, or floats."""
     layout, form = product.layout, product.form
     yield product.stored if form is None else form.grid.code_dtype, product.gathered, product.used(product.letters)

@@ -15,11 +15,13 @@ import jax
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from research.axes import AxisRules
+from research.model.attention import BLOCK
 from research.model.parameters import Parameter, parameter_table
+from research.plan.collectives import STREAM, layout_of, products, weight_parts
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
+from research.setup import axis_rules_of
 from research.train.step import make_loss
 
 
@@ -104,8 +106,8 @@ def resident(step: AbstractStep) -> Memory:
 
 def sums_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Return the bytes of the sums of gradients alone, in no time: less than this no device can have."""
-    table = parameter_table(job.architecture, AxisRules(), sizes)
-    return 4 * sum(_local_size(parameter, whole=False) for parameter in table.values())
+    table = parameter_table(job.architecture, axis_rules_of(job.experiment.train), sizes)
+    return 4 * sum(prod(parameter.shape) // prod(parameter.latent_shards) for parameter in table.values())
 
 
 def local_bytes(leaf: Any, mesh: Any = None) -> int:
@@ -122,16 +124,41 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     """Return the bytes that a micro-batch takes besides what stays, at its fullest moment.
 
     Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of
-    what it saved is at work at a time, and all that it computes anew; its gradient is there whole where it is kept
-    split, and the gradients of the layers gather. The gradient of the head waits, whole, until the end.
+    what it saved is at work at a time, all that it computes anew, and what its products gather; its gradient is there
+    whole where it is kept split, and the gradients of the layers gather. The gradient of the head waits, whole, until
+    the end.
     """
     layers, table = job.architecture.layers, step.setup.table
     saved, of_layer = saved_bytes(job, step)
     anew = _computed_anew(job, step) - of_layer if job.experiment.train.rematerialize != "none" else 0
     in_layers = [path for path, p in table.items() if "l" in p.axes]
     of_head = _gradient_bytes(step, [_head(step)], whole=True)
-    at_work = of_layer // 2 + anew + _gradient_bytes(step, in_layers, whole=True) // layers
-    return saved + max(_gradient_bytes(step, table) + of_head + at_work, _head_bytes(job, step))
+    at_work = of_layer // 2 + anew + _gradient_bytes(step, in_layers, whole=True) // layers + _gathered(job, step)
+    gradients = sum(
+        bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path)) for path, p in table.items()
+    )
+    return saved + max(gradients + of_head + at_work, _head_bytes(job, step))
+
+
+def _gathered(job: Job, step: AbstractStep) -> int:
+    """Return the bytes of a layer's arrays that exist while it is worked on alone.
+
+    Its weights, gathered in the format that they travel in; the residual stream, whole, as input, as gradient of the
+    output and as two gradients of the input, where it lies split by positions; and of a pair of attention's blocks the
+    scores, the shares and the gradients of both.
+    """
+    layout, compute = layout_of(job, step), job.experiment.train.compute_dtype
+    used = layout.rules.activations
+    weights = sum(
+        bytes_of(elements, dtype)
+        for product in products(job, step)
+        for dtype, axes, elements in weight_parts(product)
+        if axes and not product.is_head
+    )
+    is_split = layout.moved(STREAM, layout.rules.residuals, used)
+    streams = 4 * bytes_of(layout.elements(STREAM, used), compute) if is_split else 0
+    block = min(BLOCK, job.length // layout.ways(layout.split("t", used)))
+    return weights + streams + 4 * 4 * layout.elements("bn", used) * block**2
 
 
 def _computed_anew(job: Job, step: AbstractStep) -> int:
@@ -168,8 +195,12 @@ def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
 
 def _gradient_bytes(step: AbstractStep, paths: Iterable[str], *, whole: bool = False) -> int:
     """Return the bytes of gradients on one device, in its parameter's dtype each; `whole`: not yet split over `d`."""
-    dtypes = {path: step.setup.train.param_dtype if path in step.setup.formats else "float32" for path in paths}
-    return sum(bytes_of(_local_size(step.setup.table[path], whole=whole), dtype) for path, dtype in dtypes.items())
+    table = step.setup.table
+    return sum(bytes_of(_local_size(table[path], whole=whole), _gradient_dtype(step, path)) for path in paths)
+
+
+def _gradient_dtype(step: AbstractStep, path: str) -> str:
+    return step.setup.train.param_dtype if path in step.setup.formats else "float32"
 
 
 def _local_size(parameter: Parameter, *, whole: bool) -> int:
@@ -192,8 +223,20 @@ def _head_bytes(job: Job, step: AbstractStep) -> int:
 
 
 def _update(job: Job, step: AbstractStep) -> int:
-    """Return the bytes that the update takes besides: two float32 trees, and those of moments and scales in codes."""
-    optimizer = job.experiment.optimizer
-    learned = any(rule.learn_scale for rule in job.experiment.quantization)
-    trees = 2 + 3 * (optimizer.moments == "int8") + learned
-    return trees * 4 * sum(_local_size(p, whole=False) for p in step.setup.table.values())
+    """Return the bytes that the update takes besides: float32 trees of latents, more for moments and scales in codes.
+
+    A gradient and a step of each leaf; of quantized leaves that no axis splits the compiler makes one of both. Latents
+    that are split further than their parameter (ZeRO) send codes back, and there is what they decode to.
+    """
+    more = 3 * (job.experiment.optimizer.moments == "int8") + any(r.learn_scale for r in job.experiment.quantization)
+    total = 0
+    for path, parameter in step.setup.table.items():
+        kept = 4 * prod(parameter.shape) // prod(parameter.latent_shards)
+        form, is_whole = step.setup.formats.get(path), prod(parameter.latent_shards) == 1
+        total += more * kept
+        if form is not None and parameter.latent_spec != parameter.spec:
+            held = _local_size(parameter, whole=False)
+            total += kept + bytes_of(held, form.grid.code_dtype) + 4 * held
+        else:
+            total += kept if is_whole and form is not None else 2 * kept
+    return total
