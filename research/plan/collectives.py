@@ -139,11 +139,18 @@ class Product:
         return self.layout.elements(letters, self.layout.rules.activations)
 
 
-def unpredicted(job: Job, mesh_sizes: Mapping[str, int]) -> list[str]:
-    """Return what of a job on a mesh `predicted` doesn't know, in words: there the compiled program alone tells."""
-    axes = [f"mesh axis {axis}" for axis, size in mesh_sizes.items() if size > 1 and axis not in KNOWN_AXES]
-    learned = any(rule.learn_scale for rule in job.experiment.quantization)
-    others = {"a teacher": job.experiment.train.distill, "learned scales": learned}
+def unpredicted(job: Job, step: AbstractStep) -> list[str]:
+    """Return what of a step `predicted` doesn't know, in words: there the compiled program alone tells."""
+    mesh = {axis: size for axis, size in dict(step.mesh.shape).items() if size > 1}
+    train, copies = job.experiment.train, step.setup.settings.heads.copies
+    others = {
+        "the teacher's forward pass": train.distill > 0,
+        "gradients of kv heads that devices of tensor share": copies > 1,
+        "the gradient of the embedding's look-up under train.zero": train.zero
+        and "data" in mesh
+        and ("replica" in mesh or len(mesh) > 2),
+    }
+    axes = [f"what mesh axis {axis} sends" for axis in mesh if axis not in KNOWN_AXES]
     return [*axes, *(name for name, is_so in others.items() if is_so)]
 
 
@@ -173,8 +180,8 @@ def least(job: Job, step: AbstractStep) -> list[Collective]:
         found += _gradient("reduce-scatter", product)
         # The products of a block that share an input share what is sent of it, and the sum of its gradient.
         block = product.path.rpartition("/")[0]
-        streams[block, product.x] = [*_stream(product, product.x, product.kept, rounded=product.activation != "none")]
-        streams[block, product.y] = [*_stream(product, product.y, product.parameter.contract, rounded=False)]
+        streams[block, "in"] = [*_stream(product, product.x, product.kept, rounded=product.activation != "none")]
+        streams[block, "out"] = [*_stream(product, product.y, product.parameter.contract, rounded=False)]
     found += [one for several in streams.values() for one in several]
     return merged(replace(one, times=one.times * parts) for one in found if one.axes and one.bytes)
 
@@ -380,8 +387,9 @@ def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
         shape = scale_sizes(parameter, form)
         kept = "".join(letter for letter in axes if shape[letter] > 1)
         scales = layout.elements(kept, rules.latents, shape)
+        times = 3 if form.rule.learn_scale else 1  # a scale that is learned has a gradient, and steps, which are sums
         for letter in axes:
             if shape[letter] == 1:
-                yield _one("all-reduce", layout.split(letter, rules.latents), "float32", scales)
+                yield _one("all-reduce", layout.split(letter, rules.latents), "float32", scales, times)
         back = layout.moved(kept, rules.latents, rules.params)
         yield _one("all-gather", back, "float16", layout.elements(kept, rules.params, shape), 1 + form.grid.is_affine)

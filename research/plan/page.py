@@ -76,12 +76,16 @@ def render_traffic(plan: Plan) -> Group:
 
 def _traffic_note(plan: Plan, lines: int) -> str:
     more = f"{lines - _MOST_LINES} smaller kinds are not shown; " if lines > _MOST_LINES else ""
+    unknown = f"; not predicted: {', '.join(plan.unpredicted)}" if plan.unpredicted else ""
     if not lines:
-        return "nothing is sent"
+        return f"nothing is sent{unknown}"
     if plan.emitted is None:
-        return f"{more}bytes a device takes part with, over the whole step; not compiled"
-    verdict = "as predicted, entry by entry" if as_predicted(plan) else "the compiler does it otherwise than predicted"
-    return f"{more}bytes a device takes part with, over the whole step; {verdict}"
+        verdict = "not compiled"
+    elif as_predicted(plan):
+        verdict = "as predicted, entry by entry"
+    else:
+        verdict = "the compiler does it otherwise than predicted"
+    return f"{more}bytes a device takes part with, over the whole step; {verdict}{unknown}"
 
 
 def render_time(plan: Plan) -> Group:
@@ -127,7 +131,10 @@ def _cells(plan: Plan, sent: str) -> tuple[str, ...]:
 
 
 def _verdict(plan: Plan) -> str:
-    return f"{'fits' if plan.fits else 'does not fit'}{', compiled' if plan.emitted is not None else ''}"
+    fits = "fits" if plan.fits else "does not fit"
+    if plan.emitted is not None:
+        return f"{fits}, compiled"
+    return f"{fits}; not counted: {', '.join(plan.unpredicted)}" if plan.unpredicted else fits
 
 
 def render_measured(rows: Iterable[tuple[Plan, float]]) -> Table:
