@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from research.plan.collectives import Product, products
 from research.plan.hardware import Hardware
 from research.plan.hlo import Collective
 from research.plan.memory import Memory
+from research.plan.products import Product, products
 from research.plan.program import AbstractStep, Job
 
 # What a device sends of a collective's bytes, over (ways - 1) / ways, where devices form a ring. A permutation is one

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from research.model.attention import BLOCK
 from research.model.parameters import Parameter, parameter_table
-from research.plan.collectives import STREAM, layout_of, products, weight_parts
+from research.plan.products import STREAM, layout_of, products, weight_parts
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
