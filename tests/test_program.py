@@ -18,7 +18,7 @@ from research.plan.program import AbstractStep, abstract_step, compile_step
 def step() -> AbstractStep:
     """Return the step that the tests of collectives compile, too."""
     planned = tiny_plans.job(TWO_LAYERS, tiny.W8A8, length=16, accumulate=2)
-    mesh = make_mesh(MeshConfig(tensor=4))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
     with jax.set_mesh(mesh):
         return abstract_step(planned, mesh)
 
