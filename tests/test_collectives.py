@@ -88,7 +88,7 @@ def test_predicted_is_compiled_under_zero(mesh: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("planned", "mesh", "what"),
     (
-        (tiny_plans.job(EIGHT_LAYERS, W8A8), {"context": 8}, "what mesh axis context sends"),
+        (tiny_plans.job(EIGHT_LAYERS, W8A8), {"context": 8}, "what mesh axis context sends of token ids"),
         (tiny_plans.job(EIGHT_LAYERS, W8A8, distill=0.5), {"fsdp": 8}, "the teacher's forward pass"),
         (tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2), W8A8), {"tensor": 8}, "gradients of kv heads"),
         (tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), {"replica": 2, "data": 4}, "embedding's look-up"),

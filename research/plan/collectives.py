@@ -19,7 +19,7 @@ from research.quant.activations import group_size, statistic_of
 from research.quant.grid import bytes_of
 
 KNOWN_AXES = ("replica", "data", "fsdp", "tensor")
-"""Mesh axes whose traffic is predicted."""
+"""Mesh axes whose traffic is predicted. Of `context` all is but token ids and answers."""
 
 HLO_NAMES = {
     "float32": "f32",
@@ -47,15 +47,22 @@ def unpredicted(job: Job, step: AbstractStep) -> list[str]:
         and "data" in mesh
         and ("replica" in mesh or len(mesh) > 2),
     }
-    axes = [f"what mesh axis {axis} sends" for axis in mesh if axis not in KNOWN_AXES]
-    return [*axes, *(name for name, is_so in others.items() if is_so)]
+    unknown = {axis: f"what mesh axis {axis} sends" for axis in mesh if axis not in KNOWN_AXES}
+    if "context" in unknown:
+        unknown["context"] += " of token ids and answers"
+    return [*unknown.values(), *(name for name, is_so in others.items() if is_so)]
 
 
 def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives of an optimizer step as XLA is expected to emit them, `merged`."""
     parts = job.experiment.train.accumulate
     layout = layout_of(job, step)
-    micro = [*_of_norms(job, step, layout), *_of_embedding(job, step, layout), *_of_loss(job, layout)]
+    micro = [
+        *_of_ring(job, step, layout),
+        *_of_norms(job, step, layout),
+        *_of_embedding(job, step, layout),
+        *_of_loss(job, layout),
+    ]
     inputs: dict[tuple[str, str], Product] = {}
     for product in products(job, step):
         micro += _of_product(product)
@@ -69,7 +76,7 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
 def least(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives that the layout needs at least, `merged`; scalars and norms are left out."""
     parts = job.experiment.train.accumulate
-    found: list[Collective] = []
+    found = [*_of_ring(job, step, layout_of(job, step))]
     streams: dict[tuple[str, str], list[Collective]] = {}
     for product in products(job, step):
         dtype = product.stored if product.form is None else product.form.held_dtype
@@ -152,8 +159,24 @@ def _gradient(kind: str, product: Product) -> Iterator[Collective]:
     """Sum a weight's gradient: whole over the axes that it is gathered over, then its shard over the others."""
     layout, whole = product.layout, product.used(product.letters)
     yield _one(kind, product.gathered, product.stored, whole, product.times)
-    rest = tuple(axis for axis in product.summed if axis not in product.gathered)
-    yield _one("all-reduce", rest, product.stored, whole // layout.ways(product.gathered), product.times)
+    for letter in product.rows:
+        rest = tuple(a for a in layout.split(letter, layout.rules.activations) if a not in product.gathered)
+        yield _one("all-reduce", rest, product.stored, whole // layout.ways(product.gathered), product.times)
+
+
+def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
+    """Keys and values of a device, which travel around all others in each pass, back with their float32 gradients."""
+    train, grid, rules = job.experiment.train, step.setup.settings.kv_grid, layout.rules
+    ring, heads = layout.split("t", rules.activations), "n" if step.setup.settings.heads.copies > 1 else "k"
+    kept, steps = layout.elements(f"bt{heads}h", rules.activations), layout.sizes["l"] * (layout.ways(ring) - 1)
+    passes = 3 if train.rematerialize != "none" else 2
+    yield _one(
+        "collective-permute", ring, train.compute_dtype if grid is None else grid.code_dtype, kept, 2 * passes * steps
+    )
+    if grid is not None:
+        scales = layout.elements(f"bt{heads}", rules.activations)
+        yield _one("collective-permute", ring, "float16", scales, 2 * passes * steps)
+    yield _one("collective-permute", ring, "float32", kept, 2 * (steps + layout.sizes["l"]))
 
 
 def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -190,8 +213,9 @@ def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Coll
     if zero:
         yield _one("all-gather", zero, "int32", layout.elements("bt", rules.looked_up) * layout.ways(zero))
         yield _one("all-to-all", zero, stored, vectors)
-    rest = tuple(axis for axis in layout.split("b", rules.looked_up) if axis not in zero)
-    yield _one("all-reduce", rest, stored, layout.elements("vd", rules.latents))
+    for letter in "bt":
+        rest = tuple(axis for axis in layout.split(letter, rules.looked_up) if axis not in zero)
+        yield _one("all-reduce", rest, stored, layout.elements("vd", rules.latents))
 
 
 def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:

@@ -75,7 +75,7 @@ def render_traffic(plan: Plan) -> Group:
 
 
 def _traffic_note(plan: Plan, lines: int) -> str:
-    more = f"{lines - _MOST_LINES} smaller kinds are not shown; " if lines > _MOST_LINES else ""
+    more = f"smaller kinds, not shown: {lines - _MOST_LINES}; " if lines > _MOST_LINES else ""
     unknown = f"; not predicted: {', '.join(plan.unpredicted)}" if plan.unpredicted else ""
     if not lines:
         return f"nothing is sent{unknown}"
@@ -95,7 +95,7 @@ def render_time(plan: Plan) -> Group:
     table.add_column("time of a step")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("")
-    flops = " + ".join(f"{format_count(int(count / 1e9))} GFLOP {dtype}" for dtype, count in cost.flops.items())
+    flops = " + ".join(f"{_operations(count)} {dtype}" for dtype, count in cost.flops.items())
     sent = ", ".join(f"{format_bytes(int(size))} over {axes}" for axes, size in cost.sent_bytes.items() if size >= 1)
     table.add_row("matrix products", _seconds(cost.multiply_seconds), flops)
     table.add_row("memory", _seconds(cost.memory_seconds), "at the same time")
@@ -104,6 +104,10 @@ def render_time(plan: Plan) -> Group:
     bound = {"multiply": "matrix products", "memory": "memory", "link": "traffic between devices"}[cost.bound]
     table.add_row("step", _seconds(cost.seconds), f"{format_rate(plan.tokens_per_second)}; bound by {bound}")
     return Group(Text(), table)
+
+
+def _operations(count: float) -> str:
+    return f"{format_count(int(count / 1e9))} GFLOP" if count >= 1e10 else f"{count / 1e6:,.0f} MFLOP"
 
 
 def _seconds(seconds: float) -> str:

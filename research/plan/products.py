@@ -111,11 +111,6 @@ class Product:
         """Mesh axes over which the weight is gathered."""
         return self.layout.moved(self.letters, self.layout.rules.params, self.layout.rules.activations)
 
-    @property
-    def summed(self) -> tuple[str, ...]:
-        """Mesh axes over which the weight's gradient is a sum."""
-        return self.layout.split(self.rows, self.layout.rules.activations)
-
     def used(self, letters: str) -> int:
         """Return the elements of a factor or of the outcome on a device, as the product has it."""
         return self.layout.elements(letters, self.layout.rules.activations)
