@@ -125,7 +125,9 @@ def render_sweep(plans: Sequence[Plan], impossible: Iterable[Impossible]) -> Gro
     for plan in plans:
         sent = format_bytes(int(sum(plan.cost.sent_bytes.values())))
         table.add_row(*_cells(plan, sent), plan.cost.bound, _verdict(plan))
-    reasons = [Text(f"{show_mesh(one.mesh)}: {one.reason}", style="dim") for one in impossible]
+    unknown = sorted({name for plan in plans if plan.emitted is None for name in plan.unpredicted})
+    reasons = [Text(f"not counted: {name}", style="dim") for name in unknown]
+    reasons += [Text(f"{show_mesh(one.mesh)}: {one.reason}", style="dim") for one in impossible]
     return Group(Text(), table, *([Text(), *reasons] if reasons else []))
 
 
@@ -138,7 +140,7 @@ def _verdict(plan: Plan) -> str:
     fits = "fits" if plan.fits else "does not fit"
     if plan.emitted is not None:
         return f"{fits}, compiled"
-    return f"{fits}; not counted: {', '.join(plan.unpredicted)}" if plan.unpredicted else fits
+    return f"{fits}; without some traffic" if plan.unpredicted else fits
 
 
 def render_measured(rows: Iterable[tuple[Plan, float]]) -> Table:
