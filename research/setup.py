@@ -61,7 +61,7 @@ def make_setup(
     whose padding to use (the tests do).
     """
     sizes = dict(mesh.shape) | dict(padded_for or {})
-    axis_rules = AxisRules(latents=LATENT_OVER_DATA) if train.zero else AxisRules()
+    axis_rules = axis_rules_of(train)
     plain = make_settings(architecture, rules=axis_rules, mesh_sizes=sizes)
     policy = Policy(rules, {path: parameter.leaf for path, parameter in plain.table.items()})
     formats = policy.formats({path: parameter.shape for path, parameter in plain.table.items()})
@@ -100,6 +100,11 @@ def _check_experts(settings: Settings, formats: Mapping[str, Format], sizes: Map
             f"train.expert_capacity={settings.capacity_factor} counts the tokens of a whole micro-batch, and"
             f" mesh.stage={sizes['stage']} passes it in pieces; leave one of them out"
         )
+
+
+def axis_rules_of(train: TrainConfig) -> AxisRules:
+    """Return what is split over which mesh axes in training."""
+    return AxisRules(latents=LATENT_OVER_DATA) if train.zero else AxisRules()
 
 
 def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.axes import ACTIVATION, ALPHABET, PARAM, RESIDUAL, AxisRules
+from research.axes import ACTIVATION, ALPHABET, LOOKED_UP, PARAM, RESIDUAL, AxisRules
 from research.mesh import AXES
 
 
@@ -15,12 +15,15 @@ def test_specs_of_parameters_and_activations() -> None:
     assert rules.param("ldnh") == P("stage", "fsdp", "tensor", None)
     assert rules.param("vd") == P("tensor", "fsdp")
     assert rules.param("lfd") == P("stage", "tensor", "fsdp")
-    in_layers = ("replica", "data", "fsdp")
+    in_layers = ("replica", "data", "fsdp", "expert")
     rows = (*in_layers, "stage")
     assert rules.activation("btd") == P(rows, "context", None)  # d is split in weights, not in activations
     assert rules.activation("btnh") == P(rows, "context", "tensor", None)
     assert rules.residual("btd") == P(in_layers, ("context", "tensor"), None)
     assert rules.cache("lbsnh") == P("stage", in_layers, None, "tensor", None)
+    assert rules.look_up("btd") == P(
+        ("replica", "data", "expert"), "context", "fsdp"
+    )  # as the table is split, and so not by b
     assert rules.activation("") == P()
 
 
@@ -38,7 +41,7 @@ def test_unknown_letter_is_an_error(rule) -> None:
 
 
 def test_tables_name_only_letters_and_mesh_axes_that_exist() -> None:
-    for table in (PARAM, ACTIVATION, RESIDUAL):
+    for table in (PARAM, ACTIVATION, RESIDUAL, LOOKED_UP):
         assert set(table) <= ALPHABET
         named = [axes if isinstance(axes, tuple) else (axes,) for axes in table.values() if axes is not None]
         assert {axis for axes in named for axis in axes} <= set(AXES)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import fields, replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,14 @@ from research.config_file import (
     to_json,
 )
 from research.errors import UserError
+from research.foundation import load_architecture
+from research.plan.topology import chips
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 COMPARISONS = sorted(SHIPPED.glob("compare_*.py"))
-CONFIGS = sorted(set(SHIPPED.glob("*.py")) - set(COMPARISONS))
+PLANS = sorted(SHIPPED.glob("llama3_*.py"))
+CONFIGS = sorted(set(SHIPPED.glob("*.py")) - set(COMPARISONS) - set(PLANS))
+MESHES = sorted(SHIPPED.glob("meshes/*.py"))
 HEAD = "from research.config import Experiment, MeshConfig, Rule\n"
 TWO_RULES = Experiment(quantization=(Rule(match="a", weight="int8"), Rule(match="b", weight="bf16")))
 
@@ -65,6 +70,26 @@ def test_shipped_configs_load_and_say_how_to_run_them(path: Path) -> None:
     text = path.read_text()
     for part in (f"python scripts/finetune.py --config configs/{path.name}", "Hardware:", "Result:"):
         assert part in text
+
+
+@pytest.mark.parametrize("path", MESHES, ids=lambda path: path.stem)
+def test_shipped_meshes_are_what_they_are_called(path: Path) -> None:
+    experiment = load_experiment(path)
+    shape = {axis: size for axis, size in vars(experiment.mesh).items() if size > 1}
+    assert "_".join(f"{axis}{size}" for axis, size in shape.items()) == path.stem and prod(shape.values()) == 8
+    for part in (f"python scripts/finetune.py --config configs/meshes/{path.name}", "Hardware:", "Result:"):
+        assert part in path.read_text()
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_shipped_plans_load_and_say_how_to_compile_them(path: Path) -> None:
+    experiment = load_experiment(path)
+    devices = prod(vars(experiment.mesh).values())
+    assert load_architecture(experiment.foundation).layers in (32, 80)
+    text = path.read_text()
+    command = re.search(rf"python scripts/plan.py --config configs/{path.name} --topology (\S+)", text)
+    assert command and chips(command[1]) == devices == int(re.findall(r"\d+$", path.stem)[0])
+    assert "Hardware:" in text and "Result:" in text
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)

@@ -94,8 +94,8 @@ def test_a_resolved_mesh_fits_and_leaves_nothing_where_a_size_is_open(asked, ope
 
 def test_axes_have_the_names_and_the_order_of_the_config(mesh_of) -> None:
     mesh = mesh_of(data=2, fsdp=1, tensor=4)
-    assert mesh.axis_names == AXES == ("replica", "stage", "data", "fsdp", "context", "tensor")
-    assert mesh.devices.shape == (1, 1, 2, 1, 1, 4)
+    assert mesh.axis_names == AXES == ("replica", "stage", "data", "fsdp", "context", "expert", "tensor")
+    assert mesh.devices.shape == (1, 1, 2, 1, 1, 1, 4)
     assert [device.id for device in mesh.devices.flat] == list(range(8))  # neighbours in tensor are neighbours
 
 

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from research.model.sharding import place, split, whole
+from research.model.sharding import moves, place, split, whole
 from research.quant.activations import (
     dequantize_tokens,
     group_size,
@@ -52,7 +51,9 @@ def prepare(how: Input, x: jax.Array, input_scale: jax.Array | None) -> Weight:
 
 def _prepare_fwd(how: Input, x: jax.Array, input_scale: jax.Array | None):
     if how.activation == "none":
-        return _move(x.astype(how.dtype), how), None
+        # Where nothing moves nothing is said: what is said is another array, which the backward pass would keep, too.
+        x, lies, used = x.astype(how.dtype), how.lies, how.used
+        return (place(x, used) if lies is not None and used is not None and moves(lies, used) else x), None
     inside = None
     if input_scale is not None:
         codes, scale, inside = _round_to_static(how, x, whole(input_scale))
@@ -85,8 +86,8 @@ def _prepare_bwd(how: Input, inside: jax.Array | None, gradient: Weight) -> tupl
 prepare.defvjp(_prepare_fwd, _prepare_bwd)
 
 
-def _move(parts: Any, how: Input) -> Any:
-    """Return an activation, or its codes and scales, where the products want it.
+def _move(parts: tuple[jax.Array, jax.Array], how: Input) -> tuple[jax.Array, jax.Array]:
+    """Return codes and scales of an activation where the products want it.
 
     Said to lie where it came first: the compiler would move the float that codes are made of, otherwise.
     """

@@ -76,6 +76,15 @@ class Settings:
         row, position, width = self.rules.residual("btd")
         return PartitionSpec(row, self.spec("bt", t)[1] if t % ways_of(position) else position, width)
 
+    def look_up(self, letters: str, t: int) -> PartitionSpec:
+        """Return the sharding of vectors "btd", or of their tokens "bt", where the embedding is looked up.
+
+        Said to the compiler in so many words, forward and thereby backward: left to itself it gathers the gradients of
+        all rows on every device of some meshes.
+        """
+        spec = self.rules.look_up(letters)
+        return PartitionSpec(spec[0], self.spec("bt", t)[1], *spec[2:])
+
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """Return `x` with the sharding that the activation table gives to its axes `letters`."""
         return place(x, self.spec(letters, x.shape[letters.index("t")] if "t" in letters else 0))
@@ -149,12 +158,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
+        settings, t = self.settings, tokens_bt.shape[1]
+        spec, tokens_spec = settings.look_up("btd", t), settings.look_up("bt", t)
+        rows_btd = place(_rows(weight(self.table_vd), place(tokens_bt, tokens_spec), spec), spec)
         # Each stage looks up the rows that it shares with the others: the first needs them all.
-        row, *_ = self.settings.residual(tokens_bt.shape[1])
-        _, position, width = self.settings.spec("btd", tokens_bt.shape[1])
-        tokens_bt = place(tokens_bt, PartitionSpec(row, position))
-        rows_btd = _rows(weight(self.table_vd), tokens_bt, PartitionSpec(row, position, width))
-        return self.settings.scatter(rows_btd.astype(self.settings.compute_dtype))
+        used = PartitionSpec(*settings.residual(t)[:1], *settings.spec("btd", t)[1:])
+        return settings.scatter(place(rows_btd.astype(settings.compute_dtype), used))
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
@@ -202,7 +211,7 @@ class Attention(nnx.Module):
         else:
             cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
             out_btnh = attend_to_cache(self._how(x_btd.shape[1], "s"), q_btnh, *read(cache, slot.layer), *sight)
-        out_btnh = self.settings.constrain(self._drop_padding(out_btnh), "btnh")
+        out_btnh = self._drop_padding(out_btnh)
         return product(f"{self.path}/o_nhd", "btnh,nhd->btd", out_btnh, self.o_nhd), cache
 
     def _how(self, t: int, keys: str) -> How:

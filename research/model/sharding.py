@@ -37,25 +37,41 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, free(spec))
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the axes of the mesh in context that split what a spec's entry says: those of more than one device."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if sizes.get(axis, 1) > 1)
+
+
 def ways_of(entry: str | tuple[str, ...] | None) -> int:
     """Return into how many pieces the mesh in context splits what a spec's entry says; 1 if there is none."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes.get(axis, 1) for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+    return prod(sizes[axis] for axis in axes_of(entry))
 
 
-def whole(x: jax.Array) -> jax.Array:
+def moves(lies: PartitionSpec, used: PartitionSpec) -> bool:
+    """Whether what lies as one spec says must be moved, or on Explicit mesh axes be retyped, to lie as the other."""
+    if explicit(lies) is not None:
+        return lies != used
+    return any(axes_of(a) != axes_of(b) for a, b in zip(lies, used, strict=True))
+
+
+def whole(x: jax.Array, *entries: tuple[str, ...]) -> jax.Array:
     """Return `x`, part of a parameter, ready for elementwise use with an activation.
 
     A parameter's `d` may be split over the mesh axis that splits an activation's `b`. On Explicit mesh axes that is a
-    type error, so `x` is made whole on every device; elsewhere the compiler chooses.
+    type error, so `x` is made whole on every device, but for its first axes where they have `entries`; elsewhere the
+    compiler chooses.
     """
-    spec = explicit(PartitionSpec())
+    spec = explicit(PartitionSpec(*entries))
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
 def place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
-    return constrain(array, spec) if explicit(spec) is None else jax.sharding.reshard(array, spec)
+    if explicit(spec) is None:
+        return constrain(array, spec)
+    return array if jax.typeof(array).sharding.spec == spec else jax.sharding.reshard(array, spec)
 
 
 def split(parts: Any, spec: PartitionSpec) -> Any:

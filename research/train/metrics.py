@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research.axes import ROWS
 from research.model.attention import mutual
 from research.model.experts import RouterSums, balance_loss, z_loss
+from research.model.sharding import whole
 from research.setup import segments_of
 from research.tasks.batches import Batch
 
@@ -64,6 +66,7 @@ def _answer_states(model: Any, batch: Batch) -> tuple[jax.Array, RouterSums | No
     """Return the hidden states from which the answer tokens are predicted, [b, a, d], and the sums of the routers."""
     tokens_bt, position_bt = jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt)
     hidden_btd, _, router = model.run(tokens_bt, position_bt, mutual(segments_of(batch)))
+    hidden_btd = whole(hidden_btd, ROWS)
     return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1), router
 
 
@@ -94,9 +97,12 @@ def _by_chunk(terms: Callable, models: Sequence[Any], hidden: Sequence[jax.Array
 
     found = jax.lax.map(lambda part: one(pure, *part), ([split(h_bad) for h_bad in hidden], split(target_ba)))
     used_ba = jnp.asarray(batch.answer_ba) > 0
-    return jax.tree.map(
-        lambda x_cba: jnp.where(used_ba, x_cba.swapaxes(0, 1).reshape(b, chunks * chunk)[:, :a], 0.0), found
-    )
+
+    def joined(x_cba: jax.Array) -> jax.Array:
+        x_bca = whole(x_cba.swapaxes(0, 1), ROWS)
+        return jnp.where(used_ba, x_bca.reshape(b, chunks * chunk)[:, :a], 0.0)
+
+    return jax.tree.map(joined, found)
 
 
 def token_nll(logits_bav: jax.Array, target_ba: jax.Array) -> jax.Array:

@@ -162,29 +162,8 @@ class Step:
         return self.update(state, sums)
 
 
-def make_step(
-    graph: nnx.GraphDef,
-    tx: optax.GradientTransformationExtraArgs,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    table: Table,
-    mesh: Mesh,
-    state: TrainState,
-    teacher: Teacher | None = None,
-) -> Step:
-    """Return the jitted step; `state` gives the shardings that every step keeps.
-
-    With a teacher the loss is (1 - share) · task loss + share · KL(teacher ‖ model), the forward KL on all logits.
-    """
-    whole = NamedSharding(mesh, PartitionSpec())
-    state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    scalars: Any = LossSums(*[whole] * len(LossSums._fields))  # pyright: ignore
-    sums_layout = GradientSums(scalars, shardings({"gradients": state.params}, table, mesh)["gradients"])
-    schedule = make_schedule(optimizer, train.steps)
-
-    def zeros() -> GradientSums:
-        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
-        return GradientSums(LossSums(*jnp.zeros(len(LossSums._fields))), gradients)
+def make_loss(graph: nnx.GraphDef, train: TrainConfig, teacher: Teacher | None = None) -> Callable[..., Any]:
+    """Return `loss(params, state, batch, teacher_weights)`: what is minimised, and its sums; see `make_step`."""
 
     def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
         weights = view(params, state.optimizer)
@@ -196,6 +175,34 @@ def make_step(
 
     def router_loss(sums: LossSums) -> jax.Array:
         return train.router_balance * sums.balance + train.router_z * sums.z
+
+    return loss
+
+
+def make_step(
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformationExtraArgs,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    table: Table,
+    mesh: Mesh,
+    state: TrainState,
+    teacher: Teacher | None = None,
+) -> Step:
+    """Return the jitted step; `state`, arrays or shapes, gives the shardings that every step keeps.
+
+    With a teacher the loss is (1 - share) · task loss + share · KL(teacher ‖ model), the forward KL on all logits.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    state_layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    scalars: Any = LossSums(*[whole] * len(LossSums._fields))  # pyright: ignore
+    sums_layout = GradientSums(scalars, shardings({"gradients": state.params}, table, mesh)["gradients"])
+    schedule = make_schedule(optimizer, train.steps)
+    loss = make_loss(graph, train, teacher)
+
+    def zeros() -> GradientSums:
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
+        return GradientSums(LossSums(*jnp.zeros(len(LossSums._fields))), gradients)
 
     def add(state: TrainState, batch: Batch, sums: GradientSums, teacher_weights: Any = None) -> GradientSums:
         gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights)

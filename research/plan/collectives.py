@@ -1,0 +1,252 @@
+"""What a training step sends between devices, told from shapes, axis rules and number formats alone.
+
+Two accounts of the same step. `predicted` has a line for each thing that moves: over which mesh axes, in which dtype,
+how often; it can be held against the compiled program, entry by entry. `least` is what the layout needs at least: each
+weight gathered once for the forward and once for the backward pass in the format it is stored in, gradients reduced and
+scattered, and the residual stream gathered and scattered once for each pair of products.
+
+Where an array lies is a table of axis letters (research/axes.py): it moves over the mesh axes that split it where it
+lies and not where it is used, and a sum over a letter that is split is reduced over the axes that split it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from research.plan.hlo import Collective, merged
+from research.plan.products import STREAM, Layout, Product, chunks, layout_of, products, scale_sizes, weight_parts
+from research.plan.program import AbstractStep, Job
+from research.quant.activations import group_size, statistic_of
+from research.quant.grid import bytes_of
+
+KNOWN_AXES = ("replica", "data", "fsdp", "tensor")
+"""Mesh axes whose traffic is predicted. Of `context` all is but token ids and answers."""
+
+HLO_NAMES = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int8": "s8",
+    "int4": "s4",
+    "uint4": "u4",
+    "int32": "s32",
+    "bool": "pred",
+    "float8_e4m3fn": "f8e4m3fn",
+    "float8_e5m2": "f8e5m2",
+}
+LOSS_REDUCTIONS = 5  # maximum, sum of exponentials and the target's logit; the backward pass does the first two anew
+
+
+def unpredicted(job: Job, step: AbstractStep) -> list[str]:
+    """Return what of a step `predicted` doesn't know, in words: there the compiled program alone tells."""
+    mesh = {axis: size for axis, size in dict(step.mesh.shape).items() if size > 1}
+    train, copies = job.experiment.train, step.setup.settings.heads.copies
+    others = {
+        "the teacher's forward pass": train.distill > 0,
+        "gradients of kv heads that devices of tensor share": copies > 1,
+        "the gradient of the embedding's look-up under train.zero": train.zero
+        and "data" in mesh
+        and ("replica" in mesh or len(mesh) > 2),
+    }
+    unknown = {axis: f"what mesh axis {axis} sends" for axis in mesh if axis not in KNOWN_AXES}
+    if "context" in unknown:
+        unknown["context"] += " of token ids and answers"
+    return [*unknown.values(), *(name for name, is_so in others.items() if is_so)]
+
+
+def predicted(job: Job, step: AbstractStep) -> list[Collective]:
+    """Return the collectives of an optimizer step as XLA is expected to emit them, `merged`."""
+    parts = job.experiment.train.accumulate
+    layout = layout_of(job, step)
+    micro = [
+        *_of_ring(job, step, layout),
+        *_of_norms(job, step, layout),
+        *_of_embedding(job, step, layout),
+        *_of_loss(job, layout),
+    ]
+    inputs: dict[tuple[str, str], Product] = {}
+    for product in products(job, step):
+        micro += _of_product(product)
+        inputs[_input(product), product.x] = product
+    for product in inputs.values():
+        micro += _of_input(product)
+    times = [replace(one, times=one.times * parts) for one in micro]
+    return merged(one for one in [*times, *_of_update(step, layout)] if one.axes and one.bytes and one.times)
+
+
+def least(job: Job, step: AbstractStep) -> list[Collective]:
+    """Return the collectives that the layout needs at least, `merged`; scalars and norms are left out."""
+    parts = job.experiment.train.accumulate
+    found = [*_of_ring(job, step, layout_of(job, step))]
+    streams: dict[tuple[str, str], list[Collective]] = {}
+    for product in products(job, step):
+        dtype = product.stored if product.form is None else product.form.held_dtype
+        found.append(_one("all-gather", product.gathered, dtype, product.used(product.letters), 2 * product.times))
+        found += _gradient("reduce-scatter", product)
+        # The products of a block that share an input share what is sent of it, and the sum of its gradient.
+        block, is_rounded = product.path.rpartition("/")[0], product.activation != "none"
+        if stream := [*_stream(product, product.x, product.kept, rounded=is_rounded)]:
+            streams[block, "in"] = stream
+        if stream := [*_stream(product, product.y, product.parameter.contract, rounded=False)]:
+            streams[block, "out"] = stream
+    found += [one for several in streams.values() for one in several]
+    return merged(replace(one, times=one.times * parts) for one in found if one.axes and one.bytes)
+
+
+def _stream(product: Product, letters: str, over: str, *, rounded: bool) -> Iterator[Collective]:
+    """What an end of a pair of products needs: gathered one way and scattered the other, or all reduced at once."""
+    layout, rules = product.layout, product.layout.rules
+    axes, moved = layout.split(over, rules.activations), layout.moved(letters, layout.lies(letters), rules.activations)
+    if moved:
+        yield _one("all-gather", moved, "int8" if rounded else product.compute, product.used(letters), product.times)
+        yield _one("reduce-scatter", moved, product.compute, product.used(letters), product.times)
+    elif axes:
+        yield _one("all-reduce", axes, product.compute, product.used(letters), product.times)
+
+
+def _one(kind: str, axes: tuple[str, ...], dtype: str, elements: int, times: int = 1) -> Collective:
+    return Collective(kind, axes, HLO_NAMES[dtype], bytes_of(elements, dtype), times)
+
+
+def _input(product: Product) -> str:
+    """Return a name that products have in common that round and move their input together."""
+    block = product.path.rpartition("/")[0]
+    return product.path if statistic_of(product.activation) else f"{block} {product.activation}"
+
+
+def _of_input(product: Product) -> Iterator[Collective]:
+    """What an activation's way into products takes: the scale of its tokens, and being gathered by positions."""
+    layout, rules = product.layout, product.layout.rules
+    times = (2 if product.again else 1) * product.times
+    partial, moved = (
+        layout.split(product.parameter.contract, rules.activations),
+        layout.moved(product.x, layout.lies(product.x), rules.activations),
+    )
+    rounded, group = product.activation != "none", group_size(product.activation)
+    if rounded and not group:  # the largest of a token; or, where the scale is given, whether it is finite
+        dtype = "bool" if statistic_of(product.activation) else "float32"
+        yield _one("all-reduce", partial, dtype, product.used(product.rows), times)
+    yield _one("all-gather", moved, "int8" if rounded else product.compute, product.used(product.x), times)
+    if rounded:
+        dtype, scales = (
+            ("float16", product.used(product.x) // group) if group else ("float32", product.used(product.rows))
+        )
+        yield _one("all-gather", moved, dtype, scales, times)
+
+
+def _of_product(product: Product) -> Iterator[Collective]:
+    """The product itself: its weight, the sums that devices have parts of, and the same backward."""
+    layout, rules, times = product.layout, product.layout.rules, product.times
+    # The weight is gathered in both passes. What a layer computes anew finds it gathered; that of the head stands
+    # before the loop over its chunks.
+    forward = 1 if product.is_head else times
+    for dtype, axes, elements in weight_parts(product):
+        yield _one("all-gather", axes, dtype, elements, forward + times)
+    # Nothing in a layer depends on what ends it, so that isn't computed anew.
+    outputs = (2 if product.again and product.parameter.contract != "f" else 1) * times
+    partial = layout.split(product.parameter.contract, rules.activations)
+    sums = "float32" if product.of_blocks else "int32" if product.integer else product.compute
+    yield _one("all-reduce", partial, sums, product.used(product.y), outputs)
+    # Backward: the gradient of the output comes to where the product is, that of the input is a sum over what is kept.
+    moved = layout.moved(product.y, layout.lies(product.y), rules.activations)
+    yield _one("all-gather", moved, product.compute, product.used(product.y), times)
+    yield _one(
+        "all-reduce", layout.split(product.kept, rules.activations), product.compute, product.used(product.x), times
+    )
+    yield from _gradient("all-reduce", product)
+
+
+def _gradient(kind: str, product: Product) -> Iterator[Collective]:
+    """Sum a weight's gradient: whole over the axes that it is gathered over, then its shard over the others."""
+    layout, whole = product.layout, product.used(product.letters)
+    yield _one(kind, product.gathered, product.stored, whole, product.times)
+    for letter in product.rows:
+        rest = tuple(a for a in layout.split(letter, layout.rules.activations) if a not in product.gathered)
+        yield _one("all-reduce", rest, product.stored, whole // layout.ways(product.gathered), product.times)
+
+
+def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
+    """Keys and values of a device, which travel around all others in each pass, back with their float32 gradients."""
+    train, grid, rules = job.experiment.train, step.setup.settings.kv_grid, layout.rules
+    ring, heads = layout.split("t", rules.activations), "n" if step.setup.settings.heads.copies > 1 else "k"
+    kept, steps = layout.elements(f"bt{heads}h", rules.activations), layout.sizes["l"] * (layout.ways(ring) - 1)
+    passes = 3 if train.rematerialize != "none" else 2
+    yield _one(
+        "collective-permute", ring, train.compute_dtype if grid is None else grid.code_dtype, kept, 2 * passes * steps
+    )
+    if grid is not None:
+        scales = layout.elements(f"bt{heads}", rules.activations)
+        yield _one("collective-permute", ring, "float16", scales, 2 * passes * steps)
+    yield _one("collective-permute", ring, "float32", kept, 2 * (steps + layout.sizes["l"]))
+
+
+def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
+    """Norms: a float32 vector each, gathered in all passes, its gradient summed; and the last one's outcome."""
+    rules, again = layout.rules, job.experiment.train.rematerialize != "none"
+    gathered, width = layout.moved("d", rules.params, rules.activations), layout.sizes["d"]
+    for parameter in step.setup.table.values():
+        if not parameter.contract:
+            times = layout.sizes["l"] if "l" in parameter.axes else 1
+            yield _one("all-gather", gathered, "float32", width, (3 if again and "l" in parameter.axes else 2) * times)
+            for letter in "bt":
+                yield _one("all-reduce", layout.split(letter, rules.residuals), "float32", width, times)
+    yield _whole_stream(job, layout)
+
+
+def _whole_stream(job: Job, layout: Layout) -> Collective:
+    """The residual stream gathered by positions: forward where it ends, backward where it begins."""
+    rules = layout.rules
+    axes = layout.moved(STREAM, rules.residuals, rules.activations)
+    return _one("all-gather", axes, job.experiment.train.compute_dtype, layout.elements(STREAM, rules.activations))
+
+
+def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
+    """The look-up: each device has its part of `d` for the rows of all fsdp; words split over `v` are summed."""
+    rules, train = layout.rules, job.experiment.train
+    stored = "float32" if "embed/table_vd" not in step.setup.formats else train.param_dtype
+    across, vectors = layout.moved("b", rules.activations, rules.looked_up), layout.elements(STREAM, rules.looked_up)
+    yield _one("all-gather", across, "int32", layout.elements("bt", rules.looked_up))
+    yield _one("all-reduce", layout.split("v", rules.params), stored, vectors)
+    yield _one("all-to-all", across, train.compute_dtype, vectors, 2)
+    yield _whole_stream(job, layout)
+    # The gradient is summed over rows; under ZeRO a device gets its part of `d` of all rows instead.
+    zero = layout.moved("d", rules.latents, rules.params)
+    if zero:
+        yield _one("all-gather", zero, "int32", layout.elements("bt", rules.looked_up) * layout.ways(zero))
+        yield _one("all-to-all", zero, stored, vectors)
+    for letter in "bt":
+        rest = tuple(axis for axis in layout.split(letter, rules.looked_up) if axis not in zero)
+        yield _one("all-reduce", rest, stored, layout.elements("vd", rules.latents))
+
+
+def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:
+    """The softmax over a split vocabulary, and two scalars: the loss and the number of tokens."""
+    rows = layout.split("b", layout.rules.activations)
+    of_chunk = layout.elements("ba", layout.rules.activations)
+    vocabulary = layout.split("v", layout.rules.activations)
+    yield _one("all-reduce", vocabulary, "float32", of_chunk, LOSS_REDUCTIONS * chunks(job))
+    yield _one("all-reduce", rows, "float32", 1)
+    yield _one("all-reduce", rows, "int32", 1)
+
+
+def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
+    """Two norms of the gradient, whether it is finite, the maxima behind scales; what comes back to the parameters."""
+    rules = layout.rules
+    for path, parameter in step.setup.table.items():
+        for letter in parameter.axes:
+            axes = layout.split(letter, rules.latents)
+            yield _one("all-reduce", axes, "float32", 1, 2)
+            yield _one("all-reduce", axes, "bool", 1)
+        form, axes = step.setup.formats.get(path), parameter.axes
+        back = layout.moved(axes, rules.latents, rules.params)
+        yield _one("all-gather", back, form.grid.code_dtype if form else "float32", layout.elements(axes, rules.params))
+        if form is None or not form.grid.is_scaled:
+            continue
+        shape = scale_sizes(parameter, form)
+        kept = "".join(letter for letter in axes if shape[letter] > 1)
+        scales = layout.elements(kept, rules.latents, shape)
+        times = 3 if form.rule.learn_scale else 1  # a scale that is learned has a gradient, and steps, which are sums
+        for letter in axes:
+            if shape[letter] == 1:
+                yield _one("all-reduce", layout.split(letter, rules.latents), "float32", scales, times)
+        back = layout.moved(kept, rules.latents, rules.params)
+        yield _one("all-gather", back, "float16", layout.elements(kept, rules.params, shape), 1 + form.grid.is_affine)

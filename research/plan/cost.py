@@ -1,0 +1,101 @@
+"""Operations, bytes and seconds of an optimizer step on one device, and what bounds it.
+
+The compiler's own cost analysis counts a loop's body once, so operations are counted here, from shapes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from research.plan.hardware import Hardware
+from research.plan.hlo import Collective
+from research.plan.memory import Memory
+from research.plan.products import Product, products
+from research.plan.program import AbstractStep, Job
+
+# What a device sends of a collective's bytes, over (ways - 1) / ways, where devices form a ring. A permutation is one
+# step of a ring: all of it.
+_SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step by what takes them; `flops`: operations of one device by dtype."""
+
+    flops: Mapping[str, float]
+    sent_bytes: Mapping[str, float]
+    """What a device sends, by mesh axes joined with "+"."""
+    multiply_seconds: float
+    memory_seconds: float
+    link_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The step: products and memory traffic at the same time, then traffic between devices, which hides nowhere."""
+        return max(self.multiply_seconds, self.memory_seconds) + self.link_seconds
+
+    @property
+    def bound(self) -> str:
+        """What takes most: "multiply", "memory" or "link"."""
+        times = {"multiply": self.multiply_seconds, "memory": self.memory_seconds, "link": self.link_seconds}
+        return max(times, key=lambda name: times[name])
+
+
+def cost(job: Job, step: AbstractStep, memory: Memory, sends: Iterable[Collective], device: Hardware) -> Cost:
+    """Return what an optimizer step costs on a device, given its memory and its collectives."""
+    flops, sent = step_flops(job, step), sent_bytes(sends, dict(step.mesh.shape))
+    return Cost(
+        flops=flops,
+        sent_bytes=sent,
+        multiply_seconds=device.seconds_of(flops),
+        memory_seconds=_moved_bytes(job, memory) / device.memory_bandwidth,
+        link_seconds=sum(sent.values()) / device.link_bandwidth,
+    )
+
+
+def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
+    """Return the operations of one device in matrix products, by dtype, padding and recomputation included."""
+    train = job.experiment.train
+    found = {"int8": 0.0, train.compute_dtype: 0.0}
+    for product in products(job, step):
+        once = _product_flops(product) * product.times
+        is_head = product.rows == "ba"
+        forwards = 2 if is_head or train.rematerialize == "full" else 1
+        found["int8" if product.integer else train.compute_dtype] += forwards * once
+        found[train.compute_dtype] += 2 * once
+    forwards = 2 if train.rematerialize == "full" else 1
+    found[train.compute_dtype] += (forwards + 2) * _attention_flops(job, step)
+    if train.distill:
+        found[train.compute_dtype] += sum(_product_flops(p) * p.times for p in products(job, step))
+    return {dtype: count * train.accumulate for dtype, count in found.items() if count}
+
+
+def _product_flops(product: Product) -> float:
+    """Operations of one product on a device, its weight gathered."""
+    return 2.0 * product.used(product.rows) * product.used(product.letters)
+
+
+def _attention_flops(job: Job, step: AbstractStep) -> float:
+    """Operations of scores and weighted values of all layers; the whole square, as it is computed."""
+    settings, architecture = step.setup.settings, job.architecture
+    layout = next(iter(products(job, step))).layout
+    queries = layout.elements("btnh", settings.rules.activations)
+    return 2.0 * 2.0 * queries * job.length * architecture.layers
+
+
+def sent_bytes(sends: Iterable[Collective], mesh_sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the bytes that one device sends, by mesh axes joined with "+"."""
+    found: dict[str, float] = {}
+    for one in sends:
+        ways = prod(mesh_sizes[axis] for axis in one.axes)
+        name = "+".join(one.axes)
+        share = 1.0 if one.kind == "collective-permute" else _SENT[one.kind] * (ways - 1) / ways
+        found[name] = found.get(name, 0.0) + share * one.total_bytes
+    return found
+
+
+def _moved_bytes(job: Job, memory: Memory) -> float:
+    """Return the bytes that a device's memory moves in a step: weights three times and what is saved twice a
+    micro-batch, the state read and written once."""
+    micro = 3 * (memory.parameters + memory.codes_and_scales) + 2 * memory.activations + 2 * memory.gradients
+    return job.experiment.train.accumulate * micro + 2 * memory.resident

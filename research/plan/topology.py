@@ -1,0 +1,85 @@
+"""Devices that aren't there: the slice of TPUs or the GPUs that a program is compiled for.
+
+Nothing runs on them. `libtpu` (requirements-tpu.txt) holds the whole TPU compiler and needs no TPU.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from research.errors import UserError
+from research.plan.hardware import HARDWARE, Hardware, hardware
+
+LOW_EFFORT = {"exec_time_optimization_effort": -1.0}
+"""Compiler options for the question whether a program fits; a sixth of the time, and nearly the same memory."""
+_EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16"
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """A slice by name, the devices in it, and what each can do."""
+
+    name: str
+    hardware: Hardware
+    devices: Sequence[Any]
+    platform: str
+
+
+def chips(name: str) -> int:
+    """Return the number of devices of a topology such as "v5e:4x4"; `UserError` for a name that isn't one."""
+    return prod(_parse(name)[1])
+
+
+def open_topology(name: str) -> Topology:
+    """Return the devices of a topology; `UserError` where its compiler is missing or doesn't know it."""
+    kind, _ = _parse(name)
+    device = hardware(kind)
+    if kind.startswith("h"):
+        raise UserError(
+            f"--topology {name}: compiling for a GPU that isn't there needs JAX's CUDA plugin and a description of the"
+            f" card, which this command doesn't have; --hardware {kind} --devices {chips(name)} estimates it"
+        )
+    # Compilers may run side by side; the lock that would keep them apart guards a TPU, which isn't used here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # JAX's own cache keeps programs for devices that aren't there, but can't read them back; ours keeps what they take.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        found = topologies.get_topology_desc(name, "tpu")
+    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "not installed" in reason:
+            raise UserError(f"--topology {name} needs libtpu: pip install -r requirements-tpu.txt") from None
+        raise UserError(f"--topology {name}: {reason[:200]}; examples: {_EXAMPLES}") from None
+    return Topology(name, device, found.devices, "tpu")
+
+
+def _parse(name: str) -> tuple[str, tuple[int, ...]]:
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if match is None or match[1] not in HARDWARE:
+        raise UserError(f"--topology {name!r}: give a kind of {', '.join(sorted(HARDWARE))} and a shape: {_EXAMPLES}")
+    return match[1], tuple(int(size) for size in match[2].split("x"))
+
+
+def mesh_on(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
+    """Return a mesh of `sizes` over all devices of a topology, neighbours near each other where they can be."""
+    devices = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices=list(topology.devices), allow_split_physical_axes=True
+    )
+    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def memory_message(error: Exception) -> str | None:
+    """Return what a compiler says of memory that isn't there, None if it failed for another reason."""
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    numbers = re.search(r"\(([\d.]+[KMGT])\) exceeds available \w+ \(([\d.]+[KMGT])\)", text)
+    used = numbers or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", text)
+    return f"needs {used[1]}iB of the {used[2]}iB that the compiler has for a program" if used else text[:200]

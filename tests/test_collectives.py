@@ -1,0 +1,144 @@
+"""What a step sends, told from the config alone, is what its compiled programs hold: entry by entry, byte by byte."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_plans
+import tiny_training as tiny
+from tiny_plans import EIGHT_LAYERS, TWO_LAYERS, compiled
+
+from research.config import Rule
+from research.plan.collectives import least, predicted
+from research.plan.hlo import Collective
+from research.plan.memory import shapes_on
+from research.plan.plan import Plan, as_predicted, traffic
+from research.plan.program import Job
+
+W8A8, FLOAT, WEIGHT_ONLY = tiny.W8A8, tiny.FLOAT, tiny.WEIGHT_ONLY
+
+
+def told(plan: Plan) -> set[Collective]:
+    """Return what is predicted or compiled, but not both."""
+    assert plan.emitted is not None
+    return set(plan.predicted) ^ set(plan.emitted)
+
+
+def test_predicted_is_compiled() -> None:
+    """With padded heads and vocabulary, and two micro-batches."""
+    plan = compiled(tiny_plans.job(TWO_LAYERS, W8A8, length=16, accumulate=2), fsdp=2, tensor=4)
+    assert not told(plan) and as_predicted(plan) and plan.emitted and not plan.unpredicted
+
+
+def rounded(**fields: Any) -> Job:
+    """Return a job whose weights and activations one rule rounds; norms are left."""
+    return tiny_plans.job(EIGHT_LAYERS, (Rule(match="(layers|embed)/.*", **fields),))
+
+
+CASES = {
+    "float": tiny_plans.job(EIGHT_LAYERS, FLOAT),
+    "w8a8": tiny_plans.job(EIGHT_LAYERS, W8A8),
+    "weights": tiny_plans.job(EIGHT_LAYERS, WEIGHT_ONLY),
+    "untied": tiny_plans.job(replace(EIGHT_LAYERS, tied_head=False), W8A8),
+    "chunks": tiny_plans.job(EIGHT_LAYERS, W8A8, answer_tokens=63),
+    "rematerialized": tiny_plans.job(EIGHT_LAYERS, W8A8, rematerialize="full"),
+    "rematerialized floats": tiny_plans.job(EIGHT_LAYERS, FLOAT, rematerialize="full"),
+    "products saved": tiny_plans.job(EIGHT_LAYERS, W8A8, rematerialize="dots"),
+    "one scale": tiny_plans.job(EIGHT_LAYERS, (Rule(match=".*", weight="int8", granularity="tensor"),)),
+    "groups": rounded(weight="int8", granularity="group:32", activation="int8:group:32"),
+    "offsets": rounded(weight="q4_1", granularity="group:32"),
+    "learned": rounded(weight="int4", learn_scale=True),
+    "static": rounded(weight="int8", activation="int8:static:ema"),
+    "only some": tiny_plans.job(EIGHT_LAYERS, (Rule(match="layers/.*/(q|up).*", weight="int8", activation="int8"),)),
+    "padded": tiny_plans.job(replace(EIGHT_LAYERS, query_heads=9, kv_heads=3, vocabulary=1999), W8A8),
+    "positions that don't divide": tiny_plans.job(EIGHT_LAYERS, W8A8, length=61),
+}
+MESHES = (
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 2, "tensor": 4},
+    {"replica": 2, "data": 2, "fsdp": 2},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_is_compiled_for_every_format(name: str) -> None:
+    assert not told(compiled(CASES[name], fsdp=2, tensor=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", ("float", "w8a8"))
+def test_predicted_is_compiled_on_every_mesh(name: str, mesh: dict[str, int]) -> None:
+    plan = compiled(CASES[name], **mesh)
+    assert not told(plan) and not plan.unpredicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ({"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4}), ids=str)
+def test_predicted_is_compiled_under_zero(mesh: dict[str, int]) -> None:
+    plan = compiled(tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), **mesh)
+    assert not told(plan) and not plan.unpredicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("planned", "mesh", "what"),
+    (
+        (tiny_plans.job(EIGHT_LAYERS, W8A8), {"context": 8}, "what mesh axis context sends of token ids"),
+        (tiny_plans.job(EIGHT_LAYERS, W8A8, distill=0.5), {"fsdp": 8}, "the teacher's forward pass"),
+        (tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2), W8A8), {"tensor": 8}, "gradients of kv heads"),
+        (tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), {"replica": 2, "data": 4}, "embedding's look-up"),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_predicted_is_named(planned: Job, mesh: dict[str, int], what: str) -> None:
+    """And it is there: what is compiled differs."""
+    plan = compiled(planned, **mesh)
+    assert told(plan) and len(plan.unpredicted) == 1 and what in plan.unpredicted[0]
+
+
+def shares(planned: Job, **mesh_sizes: int) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
+    """Return bytes by kind and dtype, as predicted and at least."""
+    mesh = tiny_plans.ONE | mesh_sizes
+    step = shapes_on(planned, mesh)
+    totals: list[dict[tuple[str, str], int]] = []
+    for found in (predicted(planned, step), least(planned, step)):
+        total: dict[tuple[str, str], int] = {}
+        for one in found:
+            total[one.kind, one.dtype] = total.get((one.kind, one.dtype), 0) + one.total_bytes
+        totals.append(total)
+    return totals[0], totals[1]
+
+
+def test_least_by_hand() -> None:
+    """fsdp: codes of all weights twice, gradients once.
+
+    tensor: a layer gathers codes twice and gradients twice, and scatters as often; the head's sum is reduced at once.
+    """
+    planned = tiny_plans.job(EIGHT_LAYERS, W8A8)
+    a = EIGHT_LAYERS
+    in_layers = a.layers * (4 * a.width * a.width + 3 * a.width * a.feed_forward)
+    head = a.vocabulary * a.width
+    _, fsdp = shares(planned, fsdp=8)
+    assert fsdp == {("all-gather", "s8"): 2 * (in_layers + head), ("reduce-scatter", "f32"): 4 * (in_layers + head)}
+    _, tensor = shares(planned, tensor=8)
+    stream = 16 * 64 * a.width
+    assert tensor == {
+        ("all-gather", "s8"): 2 * a.layers * stream,
+        ("all-gather", "f32"): 4 * 2 * a.layers * stream,
+        ("reduce-scatter", "f32"): 4 * 4 * a.layers * stream,
+        ("all-reduce", "f32"): 4 * 16 * 8 * a.width,
+    }
+
+
+def test_traffic_puts_the_accounts_side_by_side() -> None:
+    plan = compiled(tiny_plans.job(TWO_LAYERS, W8A8, length=16, accumulate=2), fsdp=2, tensor=4)
+    lines = traffic(plan)
+    assert all(line.predicted == line.emitted for line in lines if line.kind != "reduce-scatter")
+    assert {line.kind for line in lines} >= {"all-gather", "all-reduce", "reduce-scatter"}
+    alone = traffic(replace(plan, emitted=None))
+    assert {line.emitted for line in alone} == {None}

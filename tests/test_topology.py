@@ -1,0 +1,92 @@
+"""Slices of TPUs that aren't there: names, errors, and, where libtpu is installed, what its compiler says."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_plans
+import tiny_training as tiny
+
+from research.architectures import ARCHITECTURES
+from research.config import Experiment, TaskConfig, TrainConfig
+from research.errors import UserError
+from research.plan.plan import Plan, compile_plan, estimate_plan
+from research.plan.program import Job
+from research.plan.topology import LOW_EFFORT, chips, memory_message, mesh_on, open_topology
+
+
+def test_a_name_tells_how_many_chips() -> None:
+    assert [chips(name) for name in ("v5e:4x4", "v5p:4x4x8", "v6e:16x16", "h100:8")] == [16, 128, 256, 8]
+
+
+@pytest.mark.parametrize("name", ("v5e", "v5e:", "v9:2x2", "v5e:4by4", ""))
+def test_a_name_that_is_none_says_what_is(name: str) -> None:
+    with pytest.raises(UserError, match=r"give a kind of h100, h200, v5e, v5p, v6e and a shape: v5e:4x4"):
+        chips(name)
+
+
+def test_gpus_are_estimated_only() -> None:
+    with pytest.raises(UserError, match=r"--hardware h100 --devices 8 estimates it"):
+        open_topology("h100:8")
+
+
+def test_what_a_compiler_says_of_memory() -> None:
+    text = "RESOURCE_EXHAUSTED: the total memory required (17.82G) exceeds available HBM (15.75G)."
+    assert memory_message(RuntimeError(text)) == "needs 17.82GiB of the 15.75GiB that the compiler has for a program"
+    other = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
+    assert memory_message(RuntimeError(other)) == "needs 20.5GiB of the 15.75GiB that the compiler has for a program"
+    assert memory_message(RuntimeError("INTERNAL: a bug")) is None
+
+
+# --- with libtpu
+
+
+def planned_on(name: str, job: Job, cache: Path | None = None, **mesh_sizes: int) -> Plan:
+    topology = open_topology(name)
+    mesh = tiny_plans.ONE | mesh_sizes
+    plan, devices = estimate_plan(job, mesh, topology.hardware), mesh_on(topology, mesh)
+    with jax.set_mesh(devices):
+        return compile_plan(job, plan, devices, platform="tpu", options=LOW_EFFORT, cache=cache)
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[Job]:
+    """Yield a job of a small decoder as TPUs train it."""
+    options = {"compute_dtype": "bfloat16", "param_dtype": "bfloat16", "rematerialize": "full"}
+    yield tiny_plans.job(replace(tiny_plans.EIGHT_LAYERS, vocabulary=4096), tiny.W8A8, length=256, **options)
+
+
+@pytest.mark.topology
+def test_a_tpu_sends_what_was_predicted(bfloat16: Job) -> None:
+    """Weights as codes over fsdp, to the byte; and gradients are scattered, which a CPU doesn't do."""
+    plan = planned_on("v5e:2x4", bfloat16, fsdp=2, tensor=4)
+    assert plan.emitted is not None
+    assert any(one.kind == "reduce-scatter" and one.dtype == "bf16" for one in plan.emitted)
+    codes = [sum(one.total_bytes for one in found if one.dtype == "s8") for found in (plan.predicted, plan.emitted)]
+    assert codes[0] == codes[1]
+
+
+@pytest.mark.topology
+def test_what_was_compiled_is_kept(bfloat16: Job, tmp_path: Path) -> None:
+    first = planned_on("v5e:2x2", bfloat16, tmp_path, tensor=4)
+    second = planned_on("v5e:2x2", bfloat16, tmp_path, tensor=4)
+    assert second.from_cache and not first.from_cache and second.compile_seconds == first.compile_seconds > 0
+    assert second.memory == first.memory and second.emitted == first.emitted
+
+
+@pytest.mark.topology
+def test_too_large_a_model_is_told_by_the_compiler() -> None:
+    train = TrainConfig(batch_size=32, accumulate=1, compute_dtype="bfloat16", param_dtype="bfloat16")
+    experiment = Experiment(task=TaskConfig(lengths=(2048,)), quantization=tiny.W8A8, train=train)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        planned_on("v5e:2x2", Job(experiment, ARCHITECTURES["llama-3.2-1b"]), fsdp=4)
+    said = memory_message(caught.value)
+    assert said is not None and said.endswith("GiB that the compiler has for a program")
+
+
+@pytest.mark.topology
+def test_a_slice_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match=r"--topology v5e:3x5: .*examples: v5e:4x4"):
+        open_topology("v5e:3x5")
