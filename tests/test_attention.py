@@ -27,6 +27,7 @@ from research.quant.kv_cache import keep, read_back
 
 B, N, K, H = 2, 6, 2, 8
 QUERIES, KEYS = PartitionSpec(None, "context", "tensor"), PartitionSpec(None, "context", "tensor")
+SLOW = pytest.mark.slow
 EXACT = {"rtol": 2e-5, "atol": 2e-6}  # sums of the same float32 numbers in another order; values are of order 1
 
 
@@ -69,7 +70,9 @@ def both_ways(function: Any, given: Problem) -> list[np.ndarray]:
     return [np.asarray(x) for x in (out, *pull(given.gradient_btnh))]
 
 
-@pytest.mark.parametrize("t, block", [(16, 512), (16, 16), (16, 4), (13, 4), (7, 1)])
+@pytest.mark.parametrize(
+    "t, block", [(16, 512), (13, 4), *(pytest.param(*case, marks=SLOW) for case in ((16, 16), (16, 4), (7, 1)))]
+)
 def test_blocks_add_up_to_the_softmax_over_all_keys(t: int, block: int) -> None:
     given = problem(t)
     found = both_ways(lambda q, k, v, sight: attend(how(block), q, k, v, *sight), given)
@@ -95,7 +98,7 @@ def test_blocks_without_a_visible_key_are_not_read() -> None:
     assert np.isnan(out_btnh[:, 12:]).all()
 
 
-@pytest.mark.parametrize("grid", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("grid", ["int8", pytest.param("fp8_e4m3", marks=SLOW)])
 def test_a_cache_is_read_as_training_rounds(grid: str) -> None:
     given, rounding = problem(13), how(4, grid)
     trained = attend(rounding, *given[:3], *given.sight)
@@ -104,7 +107,7 @@ def test_a_cache_is_read_as_training_rounds(grid: str) -> None:
     assert not np.array_equal(trained, attend(how(4), *given[:3], *given.sight))
 
 
-@pytest.mark.parametrize("grid", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("grid", ["int8", pytest.param("fp8_e4m3", marks=SLOW)])
 def test_the_gradient_is_that_of_the_rounded_keys_and_values(grid: str) -> None:
     given = problem(13)
     rounded = given._replace(
@@ -139,7 +142,7 @@ def on_ring(given: Problem, rounding: How, **axes: int) -> tuple[list[np.ndarray
 
 
 @pytest.mark.parametrize("grid", [None, "int8"])
-@pytest.mark.parametrize("axes", [{"context": 4, "tensor": 2}, {"context": 8}], ids=str)
+@pytest.mark.parametrize("axes", [{"context": 4, "tensor": 2}, pytest.param({"context": 8}, marks=SLOW)], ids=str)
 def test_keys_that_travel_around_a_ring_are_all_met(axes: dict[str, int], grid: str | None) -> None:
     given, rounding = problem(32), how(4, grid)
     found, program = on_ring(given, rounding, **axes)

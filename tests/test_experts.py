@@ -51,7 +51,11 @@ def _of_expert(stacked: Any, number: int) -> Any:
     return jax.tree.map(lambda part: part[number], stacked)
 
 
-@pytest.mark.parametrize("rules", [tiny.FLOAT, tiny.WEIGHT_ONLY, tiny.W8A8], ids=["float", "weights", "w8a8"])
+@pytest.mark.parametrize(
+    "rules",
+    [pytest.param(tiny.FLOAT, marks=pytest.mark.slow), tiny.WEIGHT_ONLY, tiny.W8A8],
+    ids=["float", "weights", "w8a8"],
+)
 def test_a_layer_and_its_gradient_are_those_of_the_loop(rules: tuple[Rule, ...]) -> None:
     run = start(rules)
     weights = jax.tree.map(lambda x: x[0], nnx.as_pure(view(run.state.params, run.state.optimizer))["layers"]["mlp"])
@@ -139,7 +143,8 @@ def test_over_its_capacity_an_expert_takes_the_first() -> None:
     assert not routing.share_btj.reshape(8, 2)[3:].any() and sums.dropped == 10
 
 
-@pytest.mark.parametrize("factor", [4.0, pytest.param(1.0, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("factor", [4.0, 1.0])
 def test_capacity_is_that_of_the_whole_batch_on_any_mesh(factor: float) -> None:
     train = replace(tiny.TRAIN, expert_capacity=factor)
     runs = [start(tiny.FLOAT, train, **sizes) for sizes in ({}, {"expert": 2, "data": 2})]

@@ -70,6 +70,7 @@ def test_what_passes_between_stages_is_the_stream_and_no_weight() -> None:
     assert not {dims for dims in gathered if len(dims.split(",")) > 3}, gathered
 
 
+@pytest.mark.slow
 def test_bfloat16_passes_through_stages() -> None:
     train = TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=1, compute_dtype="bfloat16", param_dtype="bfloat16")
     losses = tiny.start(tiny.W8A8, train=train, stage=2, tensor=2).advance(3)
