@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 from flax import nnx
+from safetensors.numpy import load_file
+from tiny_tokenizers import byte_level
 
 from research.architecture import ExpertSizes
 from research.config import MeshConfig, Rule, TrainConfig
 from research.errors import UserError
+from research.formats import compressed_tensors, gguf, huggingface, native
 from research.mesh import AXES, make_mesh
 from research.model.experts import RouterSums, balance_loss, route, z_loss
 from research.model.seam import einsum
@@ -24,6 +28,7 @@ from research.setup import put_batch
 from research.train.state import encoded_weights, serving_weights
 
 MIXTURE = replace(tiny.ARCHITECTURE, experts=ExpertSizes(experts=4, chosen=2))
+WORDS = replace(MIXTURE, vocabulary=byte_level().vocabulary)
 STATIC = (Rule(match=".*", weight="int8", activation="int8:static:ema"),)
 STEPS = 5
 
@@ -179,3 +184,42 @@ def test_a_mesh_of_experts_needs_some() -> None:
     with pytest.raises(UserError, match="mesh.expert=2, but the model has no experts; give mesh.expert=1, or mesh.da"):
         tiny.start(tiny.FLOAT, expert=2)
     assert make_mesh(MeshConfig(expert=2)).shape["expert"] == 2
+
+
+# --- formats
+
+
+def test_a_mixtral_directory_is_written_and_read(tmp_path: Path) -> None:
+    directory, leaves = tmp_path / "mixtral", tiny.foundation(architecture=WORDS)
+    huggingface.write(directory, WORDS, byte_level(), tuple(leaves), leaves.__getitem__)
+    found = huggingface.open_model(directory)
+    assert found.architecture == WORDS and found.description.startswith("MixtralForCausalLM")
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(found.read(path), leaf, err_msg=path)
+    stored = load_file(directory / "model.safetensors")
+    of_second = stored["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    np.testing.assert_array_equal(of_second, leaves["layers/mlp/up_edf"][1, 2].T)
+
+
+@pytest.mark.parametrize("write", [gguf.write, compressed_tensors.write])
+def test_formats_without_experts_say_so(write: Any, tmp_path: Path) -> None:
+    leaves = tiny.foundation(architecture=WORDS)
+    arguments = {
+        gguf.write: (tmp_path / "x.gguf", WORDS, byte_level(), leaves.__getitem__, tuple(leaves), "Q8_0"),
+        compressed_tensors.write: (tmp_path / "x", WORDS, byte_level(), leaves, "w8a8", {}),
+    }
+    with pytest.raises(UserError, match="a mixture of experts can't be written; write safetensors or huggingface"):
+        write(*arguments[write])
+
+
+def test_our_export_keeps_experts_bit_for_bit(tmp_path: Path) -> None:
+    leaves: dict[str, Any] = dict(tiny.foundation(architecture=WORDS))
+    rng = np.random.default_rng(0)
+    shape = leaves["layers/mlp/gate_edf"].shape
+    codes, scale = rng.integers(-127, 128, shape, np.int8), rng.random((2, 4, 1, shape[-1])).astype(np.float16)
+    leaves["layers/mlp/gate_edf"] = native.StoredLeaf(codes, scale, "int8/channel")
+    native.write(tmp_path / "x", leaves, WORDS, byte_level(), {})
+    found = native.read(tmp_path / "x")
+    assert found.architecture == WORDS
+    np.testing.assert_array_equal(found.leaves["layers/mlp/gate_edf"].codes, codes)
+    np.testing.assert_array_equal(found.leaves["layers/mlp/gate_edf"].scale, scale)

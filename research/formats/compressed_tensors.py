@@ -89,6 +89,8 @@ def write(
         UserError: `directory` holds something, no matrix has integer codes, codes or scales don't fit `type` (the line
             names the type that holds them), only some activations have static scales, or a value is not finite.
     """
+    if architecture.experts:
+        raise UserError("compressed-tensors of a mixture of experts can't be written; write safetensors or huggingface")
     scheme, shapes = TYPES[type], leaf_shapes(architecture)
     groups: dict[str, int] = {}
     has_static: dict[str, bool] = {}

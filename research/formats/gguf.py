@@ -161,6 +161,8 @@ def write(
     """
     if type not in TYPES:
         raise UserError(f"GGUF type {type!r} can't be written{nearest(type, TYPES)}")
+    if architecture.experts:
+        raise UserError("GGUF export: a mixture of experts can't be written; write safetensors or huggingface")
     shapes = leaf_shapes(architecture)
     if set(paths) != set(shapes):
         raise UserError(f"GGUF export: leaves {sorted(set(paths) ^ set(shapes))} are missing or have no place")

@@ -1,8 +1,8 @@
-"""Hugging Face directories of a `LlamaForCausalLM`: config.json, tokenizer and safetensors, in one file or in shards.
+"""Hugging Face directories of a Llama or Mixtral: config.json, tokenizer and safetensors, in one file or in shards.
 
 One name map serves reading and writing. Hugging Face keeps a layer's projections as [out, in] matrices of its own; ours
-are [in..., out...] with heads and their width as two axes, stacked over the layers. Rotary embeddings pair the same
-dimensions in both (the first half of a head with its second half), so that no row moves.
+are [in..., out...] with heads and their width as two axes, stacked over the layers, and over the experts. Rotary
+embeddings pair the same dimensions in both (the first half of a head with its second half), so that no row moves.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ import numpy as np
 
 from research.architecture import Architecture
 from research.errors import UserError, nearest
-from research.formats.huggingface_config import ARCHITECTURE, read_architecture, read_json, write_config
+from research.formats.huggingface_config import named_of, read_architecture, read_json, write_config
 from research.formats.model_source import ModelSource, ReadLeaf, leaf_shapes
 from research.formats.new_directory import new_directory
 from research.formats.safetensors_file import DTYPES, TensorSpec, list_tensors, read_tensor, write_tensors
@@ -23,7 +23,7 @@ from research.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING, HEAD = "embed/table_vd", "head/table_vd"
+EMBEDDING, HEAD, ROUTER = "embed/table_vd", "head/table_vd", "layers/mlp/router_de"
 _FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ROWS_AT_ONCE = 8192
 # Buffers that old files hold and that follow from config.json; transformers ignores them as well.
@@ -32,22 +32,27 @@ _DERIVED = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Name:
-    """How Hugging Face calls a leaf; a leaf under layers/ is one tensor a layer."""
+    """How Hugging Face calls a leaf; {} stands for the number of a layer, and then of an expert: a tensor each."""
 
     pattern: str
     inputs: int = 0
-    """Leading axes of our layout (without l) that a product sums over; 0 for tables and scales, stored as they are."""
+    """Leading axes of one tensor in our layout that a product sums over; 0: tables and scales, stored as they are."""
+
+    @property
+    def stacked(self) -> int:
+        """Leading axes of our leaf that stack tensors."""
+        return self.pattern.count("{}")
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored tensor where one layer of our leaf has shape `ours`."""
+        """Shape of the stored tensor where one of our leaf has shape `ours`."""
         return (prod(ours[self.inputs :]), prod(ours[: self.inputs])) if self.inputs else ours
 
     def from_ours(self, leaf: np.ndarray) -> np.ndarray:
-        """One layer of our leaf as the stored tensor."""
+        """One tensor of our leaf as the stored one."""
         return leaf.reshape(self.shape(leaf.shape)[::-1]).T if self.inputs else leaf
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The stored tensor as one layer of our leaf, of shape `shape`."""
+        """The stored tensor as one of our leaf, of shape `shape`."""
         return tensor.T.reshape(shape) if self.inputs else tensor
 
 
@@ -64,6 +69,10 @@ NAMES: Mapping[str, Name] = {
     "layers/mlp/down_fd": Name("model.layers.{}.mlp.down_proj.weight", inputs=1),
     "norm/scale_d": Name("model.norm.weight"),
     HEAD: Name("lm_head.weight"),
+    ROUTER: Name("model.layers.{}.block_sparse_moe.gate.weight", inputs=1),
+    "layers/mlp/gate_edf": Name("model.layers.{}.block_sparse_moe.experts.{}.w1.weight", inputs=1),
+    "layers/mlp/up_edf": Name("model.layers.{}.block_sparse_moe.experts.{}.w3.weight", inputs=1),
+    "layers/mlp/down_efd": Name("model.layers.{}.block_sparse_moe.experts.{}.w2.weight", inputs=1),
 }
 
 
@@ -93,7 +102,7 @@ def open_model(directory: Path) -> ModelSource:
         tokenizer=tokenizer,
         paths=tuple(leaf_shapes(architecture)),
         read=partial(_read_leaf, files, leaf_shapes(architecture)),
-        description=f"{ARCHITECTURE} in {directory} ({', '.join(dtypes)})",
+        description=f"{named_of(architecture)} in {directory} ({', '.join(dtypes)})",
     )
 
 
@@ -141,24 +150,28 @@ def _stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor, leaf after leaf and, in a leaf, layer after layer."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, shape in leaf_shapes(architecture).items():
-        one = shape[1:] if path.startswith("layers/") else shape
-        shapes |= {name: NAMES[path].shape(one) for name in stored_names(path, shape)}
+        one = NAMES[path].shape(shape[NAMES[path].stacked :])
+        shapes |= dict.fromkeys(stored_names(path, shape), one)
     return shapes
 
 
 def stored_names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """Names of the tensors of a leaf of the stacked `shape`: one, or one a layer."""
-    layers = shape[0] if path.startswith("layers/") else 1
-    return [NAMES[path].pattern.format(layer) for layer in range(layers)]
+    """Names of the tensors of a leaf of the stacked `shape`: one, or one a layer, or one a layer and expert."""
+    name = NAMES[path]
+    return [name.pattern.format(*index) for index in np.ndindex(shape[: name.stacked])]
+
+
+def _tensors(path: str, leaf: np.ndarray) -> np.ndarray:
+    """Return a leaf with what stacks its tensors as one leading axis."""
+    return leaf.reshape(-1, *leaf.shape[NAMES[path].stacked :])
 
 
 def _read_leaf(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], path: str) -> np.ndarray:
     """One leaf, float32, of its logical, stacked shape."""
     shape = shapes[path]
     leaf = np.empty(shape, np.float32)
-    layers = leaf if path.startswith("layers/") else leaf[None]
-    for layer, name in zip(layers, stored_names(path, shape), strict=True):
-        layer[...] = NAMES[path].to_ours(read_tensor(files[name], name), layer.shape)
+    for part, name in zip(_tensors(path, leaf), stored_names(path, shape), strict=True):
+        part[...] = NAMES[path].to_ours(read_tensor(files[name], name), part.shape)
     return leaf
 
 
@@ -170,12 +183,12 @@ def _convert(
         leaf = read(path)
         if leaf.shape != shape:
             raise ValueError(f"{path} has shape {leaf.shape}, the architecture implies {shape}")
-        for layer in leaf if path.startswith("layers/") else leaf[None]:
-            tensor = cast(path, NAMES[path].from_ours(layer), dtype)
-            if not np.array_equal(tensor.astype(np.float32), NAMES[path].from_ours(layer)):
+        for part in _tensors(path, leaf):
+            tensor = cast(path, NAMES[path].from_ours(part), dtype)
+            if not np.array_equal(tensor.astype(np.float32), NAMES[path].from_ours(part)):
                 rounded.add(path)
             yield tensor
-            del layer, tensor
+            del part, tensor
         del leaf  # or it would stay in memory while the next one is read
 
 
@@ -234,7 +247,9 @@ def _check_tensors(
         unexpected.remove(head)
     if unexpected:
         name = min(unexpected)
-        raise UserError(f"{files[name]}: tensor {name} is not one of a {ARCHITECTURE} (unexpected: {len(unexpected)})")
+        raise UserError(
+            f"{files[name]}: tensor {name} is not one of a {named_of(architecture)} (unexpected: {len(unexpected)})"
+        )
 
 
 def _check_tied(files: Mapping[str, Path], specs: Mapping[str, TensorSpec], head: str, embedding: str) -> None:

@@ -1,4 +1,4 @@
-"""The config.json of a Hugging Face `LlamaForCausalLM`: to our `Architecture` and back.
+"""The config.json of a Hugging Face `LlamaForCausalLM` or `MixtralForCausalLM`: to our `Architecture` and back.
 
 Transformers 4 spells rotary embeddings as `rope_theta` and `rope_scaling`, transformers 5 as `rope_parameters`. Each
 ignores the other's spelling without a word and then computes other logits. So both are read, and must agree where both
@@ -9,14 +9,22 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.errors import UserError, nearest
 from research.tokenizer import Tokenizer
 
-ARCHITECTURE = "LlamaForCausalLM"
+LLAMA, MIXTRAL = "LlamaForCausalLM", "MixtralForCausalLM"
+_KINDS = {LLAMA: "llama", MIXTRAL: "mixtral"}  # architectures: model_type
 # Setting → the only value that our model computes, which is also what transformers assumes where it is not given.
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
-_DEFAULT_THETA = 10_000.0
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+}
+_DEFAULT_THETA = {LLAMA: 10_000.0, MIXTRAL: 1_000_000.0}
+_DEFAULT_EPSILON = {LLAMA: 1e-6, MIXTRAL: 1e-5}
 _LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_frequency_factor",
@@ -47,11 +55,11 @@ def read_architecture(file: Path) -> Architecture:
     architecture, for quantized weights, and for anything that our model would compute differently.
     """
     config = read_json(file)
-    _require_supported(file, config)
+    kind = _require_supported(file, config)
     width, heads = (_integer(file, config, key) for key in ("hidden_size", "num_attention_heads"))
     if config.get("head_dim") is None and width % heads:
         raise UserError(f"{file}: hidden_size={width} does not divide by num_attention_heads={heads}; give head_dim")
-    theta, scaling = _read_rope(file, config)
+    theta, scaling = _read_rope(file, config, _DEFAULT_THETA[kind])
     try:
         return Architecture(
             vocabulary=_integer(file, config, "vocab_size"),
@@ -62,10 +70,11 @@ def read_architecture(file: Path) -> Architecture:
             head_width=_integer(file, config, "head_dim", width // heads),
             feed_forward=_integer(file, config, "intermediate_size"),
             context=_integer(file, config, "max_position_embeddings", 2048),
-            norm_epsilon=_number(file, config, "rms_norm_eps", 1e-6),
+            norm_epsilon=_number(file, config, "rms_norm_eps", _DEFAULT_EPSILON[kind]),
             rope_theta=theta,
             rope_scaling=scaling,
             tied_head=_flag(file, config, "tie_word_embeddings", False),
+            experts=_experts(file, config) if kind == MIXTRAL else None,
         )
     except UserError as error:
         place = str(file)
@@ -91,8 +100,8 @@ def write_config(
     ends = tokenizer.end_ids
     tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None}
     config = {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+        "architectures": [named_of(a)],
+        "model_type": _KINDS[named_of(a)],
         "vocab_size": a.vocabulary,
         "hidden_size": a.width,
         "num_hidden_layers": a.layers,
@@ -109,6 +118,7 @@ def write_config(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        **({"num_local_experts": a.experts.experts, "num_experts_per_tok": a.experts.chosen} if a.experts else {}),
         "dtype": dtype,
         "torch_dtype": dtype,
         **tokens,
@@ -118,10 +128,27 @@ def write_config(
     (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
 
 
-def _require_supported(file: Path, config: Mapping) -> None:
-    named = config.get("architectures") or [{"llama": ARCHITECTURE}.get(str(config.get("model_type")), None)]
-    if named != [ARCHITECTURE]:
-        raise UserError(f"{file}: architectures={named} is not supported; use a checkpoint of a {ARCHITECTURE}")
+def named_of(architecture: Architecture) -> str:
+    """Return the class of transformers that computes an architecture.
+
+    Raises `UserError` for a mixture of experts that Mixtral is not.
+    """
+    if architecture.experts and not architecture.experts.normalized:
+        raise UserError("a mixture whose shares don't sum to 1 can't be written for transformers; write safetensors")
+    return MIXTRAL if architecture.experts else LLAMA
+
+
+def _experts(file: Path, config: Mapping) -> ExpertSizes:
+    experts = _integer(file, config, "num_local_experts", 8)
+    return ExpertSizes(experts=experts, chosen=_integer(file, config, "num_experts_per_tok", 2))
+
+
+def _require_supported(file: Path, config: Mapping) -> str:
+    """Return which of our architectures it is."""
+    by_type = {model_type: kind for kind, model_type in _KINDS.items()}
+    named = config.get("architectures") or [by_type.get(str(config.get("model_type")))]
+    if named not in ([LLAMA], [MIXTRAL]):
+        raise UserError(f"{file}: architectures={named} is not supported; use a checkpoint of a {LLAMA} or {MIXTRAL}")
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise UserError(f"{file}: quantization_config says {method!r}; use the checkpoint that is not quantized")
@@ -129,11 +156,12 @@ def _require_supported(file: Path, config: Mapping) -> None:
         value = config.get(key)
         if value is not None and value != expected:
             raise UserError(f"{file}: {key}={value!r} is not supported; use a checkpoint with {key}={expected!r}")
+    return str(named[0])
 
 
-def _read_rope(file: Path, config: Mapping) -> Rope:
+def _read_rope(file: Path, config: Mapping, default_theta: float) -> Rope:
     """Theta and scaling, from one spelling or from both if they agree."""
-    theta = _number(file, config, "rope_theta", _DEFAULT_THETA)
+    theta = _number(file, config, "rope_theta", default_theta)
     old = _rope(file, "rope_scaling", _table(file, config, "rope_scaling") or {}, theta)
     new = _table(file, config, "rope_parameters")
     if not new:
