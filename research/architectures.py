@@ -1,7 +1,7 @@
 """Architectures by name, for planning a model whose weights aren't at hand; sizes as in its publisher's config.json.
 
-Sources: the Llama 3 herd of models (2024), table 3, and the config.json of meta-llama/Meta-Llama-3-8B, -70B and
-meta-llama/Llama-3.2-1B; the config.json of HuggingFaceTB/SmolLM2-135M.
+Sources: the Llama 3 herd of models (2024), table 3, and the config.json of meta-llama/Meta-Llama-3-8B, -70B,
+meta-llama/Llama-3.1-8B and meta-llama/Llama-3.2-1B; the config.json of HuggingFaceTB/SmolLM2-135M.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,13 @@ _LLAMA_3_8B = Architecture(
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama-3-8b": _LLAMA_3_8B,
+    "llama-3.1-8b": replace(
+        _LLAMA_3_8B,
+        context=131_072,
+        rope_scaling=RopeScaling(
+            factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context=8192
+        ),
+    ),
     "llama-3-70b": replace(_LLAMA_3_8B, width=8192, layers=80, query_heads=64, feed_forward=28_672),
     "llama-3.2-1b": replace(
         _LLAMA_3_8B,

@@ -1,12 +1,15 @@
 """Attention by blocks, and around a ring of devices, is the softmax over all keys at once."""
 
+import math
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_training as tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.config import MeshConfig
@@ -24,6 +27,8 @@ from research.model.attention import (
 )
 from research.quant.grid import GRIDS
 from research.quant.kv_cache import keep, read_back
+from research.setup import put_batch
+from research.tasks.batches import window_batch
 
 B, N, K, H = 2, 6, 2, 8
 QUERIES, KEYS = PartitionSpec(None, "context", "tensor"), PartitionSpec(None, "context", "tensor")
@@ -169,3 +174,14 @@ def test_no_matrix_of_all_scores_exists() -> None:
     _, program = on_ring(given, how(8), context=2)
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|pred)\[([\d,]+)\]", program)}
     assert max(sum(size >= 16 for size in shape) for shape in shapes) == 1, shapes
+
+
+def test_no_matrix_of_all_scores_exists_in_a_training_step() -> None:
+    """Not of masks either, which depend on no weight: JAX would compute them ahead of the layers, and keep them."""
+    t = 1024
+    run = tiny.start(tiny.FLOAT, architecture=replace(tiny.ARCHITECTURE, context=t))
+    with jax.set_mesh(run.mesh):
+        batch = put_batch(window_batch([np.zeros(t, np.int32)], 1, t), run.mesh)
+        text = run.step.add.lower(run.state, batch, run.step.zeros()).as_text()  # pyright: ignore
+    sizes = {math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)}
+    assert max(sizes) < t * t

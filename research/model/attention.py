@@ -147,6 +147,9 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _forward(how: How, *parts: Any) -> tuple[jax.Array, jax.Array]:
     """Return the output [b, t, n, h], and the logarithm of the sum of the exponentials of each query's scores."""
+    # As one with what is differentiated. Alone, segments are known before the layers run, and JAX, which computes ahead
+    # what it knows, would keep the masks of all blocks: a whole matrix.
+    parts = jax.lax.optimization_barrier(parts)
     return per_device(partial(_outcome, how), how.specs, (how.queries, how.norms))(*parts)
 
 

@@ -221,10 +221,10 @@ def _head_bytes(job: Job, step: AbstractStep) -> int:
 
     Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it.
     """
-    rules, head = step.setup.settings.rules, _head(step)
+    head = _head(step)
     chunk = min(max(1, job.experiment.train.loss_chunk // job.rows), job.answer_tokens)
     shape = (job.rows, chunk, step.setup.table[head].shape[0])
-    logits = 4 * prod(NamedSharding(step.mesh, rules.activation("bav")).shard_shape(shape))
+    logits = 4 * prod(NamedSharding(step.mesh, step.setup.settings.spec("bav", shape[1])).shard_shape(shape))
     gradient = _gradient_bytes(step, [head], whole=True)
     gathered = gradient if gradient > _gradient_bytes(step, [head]) else 0
     return 3 * logits + gathered + gradient * (1 if chunk == job.answer_tokens else 2)
