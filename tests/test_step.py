@@ -36,7 +36,8 @@ MESHES = (
     {"context": 2, "tensor": 4},
 )
 
-PAIRS = [{first: 2, second: 2} for first, second in combinations(AXES, 2)]
+# expert: tests/test_experts.py, whose model has some
+PAIRS = [{first: 2, second: 2} for first, second in combinations(AXES, 2) if "expert" not in (first, second)]
 """Every pair of axes; for what the compiler does with one and with the other may not go together."""
 
 STEPS, LONG = 5, 20

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from research.model.sharding import per_device, ways_of
+from research.model.sharding import per_device, place, ways_of
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, read_back
 
@@ -111,7 +111,6 @@ class How:
         return PartitionSpec(*self.queries[:3])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
     how: How, q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, queries: Segments, keys: Segments
 ) -> jax.Array:
@@ -120,7 +119,14 @@ def attend(
     Scores and sums are float32; a query that sees no key gets zeros. Keys and values are rounded to `how.grid`, whose
     gradient passes unchanged.
     """
-    return _attend_fwd(how, q_btnh, k_bskh, v_bskh, queries, keys)[0]
+    # Here, so that gradients go back to where their inputs came from.
+    q_btnh, k_bskh, v_bskh = place(q_btnh, how.queries), place(k_bskh, how.keys), place(v_bskh, how.keys)
+    return _attend(how, q_btnh, k_bskh, v_bskh, queries, keys)  # pyright: ignore[reportReturnType]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: How, *parts: Any) -> jax.Array:
+    return _attend_fwd(how, *parts)[0]
 
 
 def attend_to_cache(
@@ -142,7 +148,7 @@ def _attend_bwd(how: How, residuals: tuple, gradient_btnh: jax.Array):
     return *gradients(*residuals, gradient_btnh), None, None
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward(how: How, *parts: Any) -> tuple[jax.Array, jax.Array]:

@@ -191,6 +191,8 @@ def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
 
     traced = jax.make_jaxpr(saved)(step.state.params, step.state, step.batch, weights).jaxpr
     given = set(traced.invars)
+    # Where sharding is a type, a stack of layers is given another type for its scan, and nothing moves.
+    given |= {one.outvars[0] for one in traced.eqns if one.primitive.name == "reshard" and one.invars[0] in given}
     found = {v for v in traced.outvars if not isinstance(v, Literal) and v not in given}
     layers = job.architecture.layers
     stacked = [v for v in found if v.aval.ndim > 1 and v.aval.shape[0] == layers]
