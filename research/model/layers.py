@@ -174,7 +174,8 @@ def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Ar
     """Look up rows; from codes where there is no value, so that the table never exists as floats."""
 
     def take(x_vd: jax.Array) -> jax.Array:
-        return x_vd.at[tokens_bt].get(out_sharding=explicit(spec))
+        shared = PartitionSpec(*spec[:2], None)  # a scale that all of a row share
+        return x_vd.at[tokens_bt].get(out_sharding=explicit(spec if x_vd.shape[1] > 1 else shared))
 
     if isinstance(table_vd, Quantized) and table_vd.value is None:
 

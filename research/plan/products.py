@@ -128,7 +128,7 @@ def layout_of(job: Job, step: AbstractStep) -> Layout:
     rules = settings.rules
     if settings.heads.copies > 1:  # kv heads are whole on every device
         rules = replace(rules.with_params(k=None), activations={**rules.activations, "k": None})
-    if settings.residual(job.length) == settings.spec(STREAM, job.length):
+    if settings.residual(job.length)[1] == settings.spec(STREAM, job.length)[1]:
         rules = replace(rules, residuals=rules.activations)
     return Layout(sizes, mesh, rules)
 
