@@ -322,6 +322,8 @@ class TrainConfig:
     """Examples per optimizer step, over all devices."""
     accumulate: int = 4
     """Micro-batches that one optimizer step is split into, by length of the rows; each is padded on its own."""
+    pack: bool = False
+    """Whether short examples share rows of the largest of task.lengths; the loss of a step stays what it is."""
     compute_dtype: str = "float32"
     """Dtype of activations: float32 or bfloat16."""
     param_dtype: str = "float32"
