@@ -10,10 +10,12 @@ the rounds go around all of them, so that whatever else the machine does meets a
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
@@ -72,46 +74,48 @@ def ours(shape: Shape, rules: tuple[Rule, ...]) -> Callable[[], Any]:
 
 
 def qwix(shape: Shape) -> Callable[[], Any]:
-    """Return a step of our float model under Qwix's QAT provider, with our loss and plain optax.adamw."""
+    """Return a step of our float model under Qwix's QAT provider, with optax.adamw and the loss of all logits at once.
+
+    Qwix knows one method of a model, and it must be `__call__`: here it is the loss.
+    """
     import jax
-    import jax.numpy as jnp
     import optax
     from flax import nnx
     from qwix import QtProvider, QtRule, quantize_model
 
     from research.mesh import make_mesh
-    from research.model.attention import mutual
+    from research.model.attention import in_order, mutual
     from research.model.placement import place_float
     from research.plan.measure import random_weights
-    from research.setup import make_setup, put_batch, segments_of
-    from research.tasks.batches import window_batch
-    from research.train.metrics import loss_sums
+    from research.setup import make_setup
 
-    mesh, train = make_mesh(MeshConfig()), TrainConfig()
+    class Loss(nnx.Module):
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+        def __call__(self, tokens_bt: Any) -> Any:
+            segments = in_order(np.zeros(tokens_bt.shape, np.int32))
+            hidden_btd, _ = self.model(tokens_bt, segments.index_bt, mutual(segments))
+            logits_btv = self.model.logits(hidden_btd[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits_btv, tokens_bt[:, 1:]).mean()
+
+    mesh = make_mesh(MeshConfig())
     jax.set_mesh(mesh)
-    setup = make_setup(shape.architecture, (), train, mesh)
-    params = place_float(random_weights(setup.table), setup.table, mesh)
-    batches = (put_batch(window_batch(list(rows), *rows.shape), mesh) for rows in shape.tokens())
-    first = next(batches)
-    rule = QtRule(module_path=".*", weight_qtype=jnp.int8, act_qtype=jnp.int8)
-    model = quantize_model(
-        nnx.merge(setup.graph, params), QtProvider([rule]), first.tokens_bt, first.position_bt,
-        mutual(segments_of(first)), methods=("__call__", "run", "logits"),
-    )  # fmt: skip
-    graph, weights = nnx.split(model)
+    setup = make_setup(shape.architecture, (), TrainConfig(), mesh)
+    model = nnx.merge(setup.graph, place_float(random_weights(setup.table), setup.table, mesh))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    batches = (jax.device_put(rows.astype(np.int32), whole) for rows in shape.tokens())
+    rule = QtRule(module_path=".*", weight_qtype="int8", act_qtype="int8")
+    graph, weights = nnx.split(quantize_model(Loss(model), QtProvider([rule]), next(batches)))
     tx = optax.adamw(LEARNING_RATE)
 
-    def loss(weights: Any, batch: Any) -> Any:
-        sums = loss_sums(graph, weights, batch, train.loss_chunk)
-        return sums.nll / sums.tokens
-
-    @jax.jit(donate_argnums=(0, 1))
-    def step(weights: Any, state: Any, batch: Any) -> Any:
-        value, gradients = jax.value_and_grad(loss)(weights, batch)
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(weights: Any, state: Any, tokens_bt: Any) -> Any:
+        value, gradients = jax.value_and_grad(lambda w: nnx.merge(graph, w)(tokens_bt))(weights)
         updates, state = tx.update(gradients, state, weights)
         return optax.apply_updates(weights, updates), state, value
 
-    state = tx.init(weights)
+    state = jax.jit(tx.init)(weights)
 
     def run() -> None:
         nonlocal weights, state
@@ -196,6 +200,7 @@ def main() -> None:
         for name in flags.only:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found[name].append(pool.submit(measure, name, shape, flags.steps).result())
+            print(f"{name}: {found[name][-1]}", file=sys.stderr)
     table = make_table()
     table.add_column("")
     for header in ("a step", "quartiles", "speed", "first step", "peak memory"):

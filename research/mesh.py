@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 from research.config import MeshConfig
 from research.errors import UserError
+from research.host_memory import keep_host_memory
 
 AXES = tuple(axis.name for axis in fields(MeshConfig))
 """Names of the mesh axes, slowest first."""
@@ -38,6 +39,7 @@ def prepare_devices(mesh: MeshConfig, processes: int = 1) -> None:
 
     Raises RuntimeError if JAX has already started its backends with another number: the setting would do nothing.
     """
+    keep_host_memory()
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if "JAX_NUM_CPU_DEVICES" in os.environ:
