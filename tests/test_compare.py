@@ -133,7 +133,8 @@ def test_a_scheme_may_fold_the_foundation_and_is_held_against_the_untouched_one(
     assert done.code == 0, done.err
     assert done.out.count("smoothed with fold.smooth=0.5 after 5 training examples") == 1  # for both arms
     arms, head_bytes = done.last["arms"], 4 * 112 * 18
-    assert 0 <= arms[PTQ]["divergence"]["value"] < 1e-6 and arms[PTQ]["agreement"]["value"] == 1
+    # Nothing but rounding of float32, which falls to either side of 0.
+    assert abs(arms[PTQ]["divergence"]["value"]) < 1e-6 and arms[PTQ]["agreement"]["value"] == 1
     assert arms[PTQ]["bytes"] == arms[QAT]["bytes"] == found["arms"][FLOAT]["bytes"] + head_bytes  # tied no more
     assert arms[QAT]["divergence"]["value"] > 1e-3
     assert arms[QAT]["loss_recovered"] is None  # nothing was lost
