@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     "errors axes architecture architectures padding config comparison config_file command_line units environment",
-    "mesh processes quant kernels packages programs",
+    "mesh processes quant kernels packages programs stores",
     "model foundation formats tokenizer chat_template tasks",
     "train evaluate compare plan setup report results run_folder plot progress",
 )
