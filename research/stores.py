@@ -165,12 +165,14 @@ def _bring_up_to_date(
     if missing:
         size = format_bytes(sum(wanted[name].bytes for name in missing))
         report(f"fetching {store.url}: {len(missing)} of {len(wanted)} files, {size} …")
-    for name in missing:
-        held.pop(name, None)
-        record.write_text(json.dumps(held))  # killed from here on, the file counts as missing
-        store.get(name, copy / name)
-        held[name] = wanted[name].tag
-    record.write_text(json.dumps(held))
+    try:
+        for name in missing:
+            store.get(name, copy / name)
+            held[name] = wanted[name].tag
+    finally:
+        partial = _beside(copy, "partial")
+        partial.write_text(json.dumps(held))
+        os.replace(partial, record)
 
 
 def _beside(copy: Path, ending: str) -> Path:

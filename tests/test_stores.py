@@ -94,7 +94,7 @@ def test_a_fetch_that_ends_midway_goes_on(memory: Any, fetch: Fetcher, monkeypat
     monkeypatch.undo()
     folder = fetch("memory://bucket")
     assert {file.name: file.read_text() for file in folder.iterdir()} == {"a": "a", "b": "b", "c": "c"}
-    assert "2 of 3 files" in fetch.lines[-1]
+    assert "2 of 3 files" in fetch.lines[-1]  # the first was there
 
 
 def test_mistakes_are_one_line(memory: Any, fetch: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
