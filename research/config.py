@@ -241,7 +241,7 @@ class TaskConfig:
         require(not self.prompt or "{text}" in self.prompt, f"task.prompt={self.prompt!r}: it must contain {{text}}")
 
 
-MOMENTS = ("float32", "int8")
+MOMENTS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +285,8 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     moments: str = "float32"
-    """How both moments are kept between steps: float32, or int8 (eight-bit codes with a scale per block)."""
+    """How both moments are kept between steps: float32, bfloat16 (the first; the second stays float32, as steps of
+    1 - b2 would be lost), or int8 (eight-bit codes with a scale per block)."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     scale_learning_rate: float = 1e-3
@@ -321,6 +322,8 @@ class TrainConfig:
     """Examples per optimizer step, over all devices."""
     accumulate: int = 4
     """Micro-batches that one optimizer step is split into, by length of the rows; each is padded on its own."""
+    pack: bool = False
+    """Whether short examples share rows of the largest of task.lengths; the loss of a step stays what it is."""
     compute_dtype: str = "float32"
     """Dtype of activations: float32 or bfloat16."""
     param_dtype: str = "float32"

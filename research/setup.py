@@ -129,9 +129,12 @@ def whole_rows(batch_size: int, mesh: Mesh) -> int:
 
 
 def require_batch_fits(train: TrainConfig, lengths: Sequence[int], mesh: Mesh) -> None:
-    """Raise `UserError`, naming valid sizes, if a micro-batch or its `lengths` in tokens don't divide over the mesh."""
+    """Raise `UserError`, naming valid sizes, if a micro-batch or its `lengths` in tokens don't divide over the mesh.
+
+    Packed rows are filled up to what divides.
+    """
     ways, rows, context = batch_ways(mesh), train.batch_size // train.accumulate, mesh.shape["context"]
-    if rows % ways:
+    if rows % ways and not train.pack:
         valid = ", ".join(str(ways * train.accumulate * factor) for factor in (1, 2, 4, 8))
         raise UserError(
             f"train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives {rows} rows, which"

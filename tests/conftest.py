@@ -1,6 +1,7 @@
 """What every test stands on: eight simulated CPU devices, strict promotion of dtypes and ranks, repeatable examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -57,6 +58,33 @@ def simulated_devices() -> None:
     """Fail at once, with the reason, where the devices are not those that the tests are written for."""
     found = jax.devices()
     assert len(found) == DEVICES and found[0].platform == "cpu", f"need {DEVICES} simulated CPU devices, have {found}"
+
+
+_MAPPINGS, _LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+_compiled = 0
+
+
+def _count_compilation(event: str, duration_secs: float, **_: object) -> None:
+    global _compiled
+    _compiled += event.endswith("backend_compile_duration")
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Drop compiled programs before they fill up the process's table of mappings.
+
+    Each program of eight CPU devices takes some 200 of the 65,530 mappings that Linux grants a process. Without this a
+    worker that has run some thirty training steps on different meshes crashes inside the compiler.
+    """
+    global _compiled
+    yield
+    if _compiled >= 40 and _MAPPINGS.exists():  # looking takes a few milliseconds
+        _compiled = 0
+        if len(_MAPPINGS.read_bytes().splitlines()) > int(_LIMIT.read_text()) // 2:
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from research.tasks.batches import (
     scoring_batches,
     text_batches,
     training_batches,
+    window_rows,
 )
 from research.tasks.encoding import EncodedExamples
 
@@ -114,6 +115,49 @@ def test_a_training_row_holds_the_true_label_and_nothing_else() -> None:
             assert predictions(batch, row, 1) == alone(examples.prompts[number], answer)
             assert set(batch.answer_ba[row]) <= {0, 1} and set(batch.branch_bt[row]) <= {-1, 0, 1}
             assert (batch.branch_bt[row] >= 0).sum() == len(examples.prompts[number]) + len(answer) - 1
+
+
+def packed_batches(examples: EncodedExamples, multiple: int = 1, **budget: int) -> list[tuple[Batch, ...]]:
+    return list(training_batches(label_rows(examples, LENGTHS), TrainConfig(pack=True, **budget), multiple))
+
+
+def test_packed_examples_are_predicted_as_if_each_stood_alone() -> None:
+    examples = make_examples(40)
+    steps = packed_batches(examples, seed=0, steps=3, batch_size=12, accumulate=2)
+    shared = 0
+    for step, parts in enumerate(steps):
+        plain = sorted(used_numbers(whole_batches(examples, seed=0, steps=3, batch_size=12)[step]))
+        found = []
+        for batch in parts:
+            for row in range(len(batch.tokens_bt)):
+                branches = sorted(set(batch.answer_ba[row]) - {0})
+                shared += len(branches) > 1
+                for branch in branches:
+                    number = int(batch.tokens_bt[row, batch.branch_bt[row] == branch][0]) - 1000
+                    answer = ANSWERS[examples.gold_e[number]]
+                    assert predictions(batch, row, branch) == alone(examples.prompts[number], answer)
+                    found.append(number)
+        assert sorted(found) == plain  # each of the step's examples, once
+    assert shared > 3
+
+
+def test_packed_rows_are_few_full_and_a_multiple() -> None:
+    examples = make_examples(100)
+    steps = packed_batches(examples, multiple=4, seed=0, steps=20, batch_size=16, accumulate=2)
+    shapes = {(batch.tokens_bt.shape, batch.source_ba.shape) for parts in steps for batch in parts}
+    assert {rows % 4 for (rows, _), _ in shapes} == {0} and len(shapes) <= 2
+    full = packed_batches(examples, seed=0, steps=20, batch_size=16, accumulate=1)
+    plain = [batch for batch in whole_batches(examples, seed=0, steps=20, batch_size=16)]
+    assert padding_share(batch for (batch,) in full) < padding_share(plain) / 2
+
+
+def test_windows_are_packed_too() -> None:
+    windows = [np.arange(100 * i, 100 * i + size, dtype=np.int32) for i, size in enumerate((8, 3, 5, 2))]
+    ((batch,),) = training_batches(window_rows(windows, 8), TrainConfig(pack=True, steps=1, batch_size=4, accumulate=1))
+    assert batch.tokens_bt.shape == (3, 8)
+    found = [predictions(batch, row, branch) for row in range(3) for branch in sorted(set(batch.answer_ba[row]) - {0})]
+    for window in windows:
+        assert alone(window[:1], window[1:]) in found
 
 
 def test_arrays_are_int32_and_their_sizes_are_few() -> None:

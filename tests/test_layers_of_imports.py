@@ -10,7 +10,7 @@ LEVELS = (
     "errors axes architecture architectures padding config comparison config_file command_line units environment",
     "mesh processes quant kernels packages programs stores",
     "model foundation formats tokenizer chat_template tasks",
-    "train evaluate compare plan setup report results run_folder plot progress",
+    "train evaluate compare plan benchmark setup report results run_folder plot progress",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 MODULES = {

@@ -45,10 +45,13 @@ class Recorder:
     lines: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     saved: list[tuple[int, float | None]] = field(default_factory=list)
     validated: list[int] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    """What the loop did, one after the other."""
     _in_a_row: int = 0
 
     def __call__(self, state: TrainState, parts: Any) -> tuple[TrainState, StepMetrics]:
         number = int(state.step) + 1
+        self.order.append(f"step {number}")
         self.during.get(number, lambda: None)()
         self.batches.append([float(part.tokens_bt[0, 0]) for part in parts])
         self._in_a_row = self._in_a_row + 1 if number in self.nonfinite else 0
@@ -59,9 +62,11 @@ class Recorder:
         return TrainState(np.int32(number), None, None), values
 
     def append(self, step: int, values: dict[str, Any]) -> None:
+        self.order.append(f"line {step}")
         self.lines.append((step, dict(values)))
 
     def save(self, state: TrainState, score: float | None) -> None:
+        self.order.append(f"save {int(state.step)}")
         self.saved.append((int(state.step), score))
 
     def validate(self, state: TrainState) -> float:
@@ -112,6 +117,18 @@ def test_every_step_gets_its_batches_and_a_line() -> None:
     assert (line["loss"], line["answer_tokens"], line["tokens"], line["skipped"]) == (8.0, 24, 2 * 7 + 2 * 4, 0)
     assert line["tokens_per_second"] == line["tokens"] / line["seconds"] and line["grad_norm"] == 1.5
     assert seen.saved == [(3, None)]
+
+
+def test_a_step_is_read_while_the_next_one_runs() -> None:
+    """But for the first, which shows that all is well, and for those that are validated or saved."""
+    seen = Recorder()
+    seen.run(experiment(7, save_every=5))
+    steps = [f"step {number}" for number in range(1, 8)]
+    lines = [f"line {number}" for number in range(1, 8)]
+    assert seen.order == [
+        *(steps[0], lines[0], steps[1], steps[2], lines[1], steps[3], lines[2], steps[4], lines[3], lines[4], "save 5"),
+        *(steps[5], steps[6], lines[5], lines[6], "save 7"),
+    ]
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch() -> None:

@@ -11,12 +11,12 @@ import tiny_training as tiny
 from flax import nnx
 
 from research.architecture import Architecture
-from research.config import MeshConfig
+from research.config import MeshConfig, TrainConfig
 from research.mesh import make_mesh
 from research.model.attention import mutual
 from research.model.placement import place_float
 from research.setup import Setup, make_setup, put_batch, segments_of
-from research.tasks.batches import Batch
+from research.tasks.batches import Batch, training_batches, window_rows
 from research.train.metrics import answer_nll, answers_against_teacher, distillation_sums, loss_sums, token_nll
 
 SLOTS = 5  # answers per row; 8 rows
@@ -165,3 +165,25 @@ def test_full_logits_never_exist() -> None:
         assert padded not in shape, f"{shape} spans the whole vocabulary on one device"
         assert np.prod(shape) <= b * per_row * padded // shards, f"{shape} is more than the logits of one chunk"
     assert any(np.prod(shape) == b * per_row * padded // shards for shape in over_vocabulary - table)
+
+
+def test_packed_rows_have_the_loss_and_the_gradient_of_the_rows_they_were() -> None:
+    rng = np.random.default_rng(0)
+    windows = [rng.integers(0, tiny.ARCHITECTURE.vocabulary, size).astype(np.int32) for size in (12, 5, 4, 3, 7, 2)]
+    setup, weights = float_setup(1)
+    found = {}
+    for pack in (False, True):
+        budget = TrainConfig(steps=1, batch_size=len(windows), accumulate=1, pack=pack)
+        ((rows,),) = training_batches(window_rows(windows, tiny.LENGTH), budget)
+
+        def sums(weights: Any, rows: Batch = rows) -> tuple[jax.Array, jax.Array]:
+            found = loss_sums(setup.graph, weights, rows, 24)
+            return found.nll, found.tokens
+
+        with jax.set_mesh(setup.mesh):
+            found[pack] = len(rows.tokens_bt), *jax.jit(jax.value_and_grad(sums, has_aux=True))(weights)
+    (rows, (loss, tokens), gradient), (packed_rows, (packed_loss, packed_tokens), packed_gradient) = found.values()
+    assert (rows, packed_rows) == (6, 3) and tokens == packed_tokens == sum(map(len, windows)) - 6
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-6)
+    # Sums over other rows, in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), packed_gradient, gradient)

@@ -40,7 +40,7 @@ from research.setup import Setup, make_setup
 from research.train.checkpoint import Checkpointer, read_metadata
 from research.train.dry_run import memory_per_device, show_dry_run
 from research.train.state import checkpoint_items, restore_state
-from research.train.step import TrainState, make_optimizer, make_state
+from research.train.step import TrainState, adam_of, make_optimizer, make_state
 
 # Blocks of 16 along h and along d, heads and f and v that divide by no mesh.
 ARCHITECTURE = replace(tiny.ARCHITECTURE, width=384, head_width=16, kv_heads=3)
@@ -224,7 +224,7 @@ def test_memory_is_told_by_the_dry_run() -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
     setup = setup_on(mesh)
     told = {}
-    for moments in ("float32", "int8"):
+    for moments in ("float32", "bfloat16", "int8"):
         optimizer = replace(OPTIMIZER, moments=moments)
         experiment = Experiment(quantization=tiny.W8A8, optimizer=optimizer, train=tiny.TRAIN)
         told[moments] = memory_per_device(experiment, setup, mesh)
@@ -234,6 +234,7 @@ def test_memory_is_told_by_the_dry_run() -> None:
         stream = io.StringIO()
         show_dry_run(experiment, setup, mesh, make_console(stream))
         assert "moments" in stream.getvalue()
+    assert told["bfloat16"]["moments"] / told["float32"]["moments"] == pytest.approx(6 / 8, rel=1e-4)  # and a counter
     # 8 bytes a parameter become 2 · (1 + 4 / 16); norms stay
     assert 2.5 / 8 < told["int8"]["moments"] / told["float32"]["moments"] < 3.2 / 8
     assert {**told["int8"], "moments": 0} == {**told["float32"], "moments": 0}
@@ -293,6 +294,22 @@ def train(adam: optax.GradientTransformation) -> tuple[np.ndarray, Any]:
         (project(state, language_params()), state), language_batches()
     )
     return np.asarray(losses), state
+
+
+def test_a_first_moment_in_bfloat16() -> None:
+    """The chain keeps it so, and its steps are those of float32 to 8 bits of the moment."""
+    weights = {"w_df": jnp.asarray(np.random.default_rng(0).normal(size=(24, 50)), jnp.float32)}
+    table = {"w_df": None}
+    steps = {}
+    for moments in ("float32", "bfloat16"):
+        tx = adam_of(replace(tiny.OPTIMIZER, moments=moments), table)
+        state, updates = tx.init(weights), weights
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(5):
+                updates, state = tx.update(weights, state)
+        assert state.mu["w_df"].dtype == moments and state.nu["w_df"].dtype == jnp.float32
+        steps[moments] = updates["w_df"]
+    np.testing.assert_allclose(steps["bfloat16"], steps["float32"], rtol=5 * 2**-8)
 
 
 @pytest.mark.parametrize("b2", (0.95, 0.999))

@@ -27,7 +27,7 @@ from research.model.placement import place_float
 from research.progress import Progress
 from research.report import say
 from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
-from research.setup import Setup, setup_of, whole_rows
+from research.setup import Setup, batch_ways, setup_of, whole_rows
 from research.tasks.batches import TrainingOrder, TrainingRows, training_batches
 from research.train.calibrate import calibrate_inputs
 from research.train.fold import spread
@@ -142,7 +142,7 @@ def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, fol
     budget = experiment.train
     teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
     step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)
-    batches = training_batches(bench.material.rows, budget)
+    batches = training_batches(bench.material.rows, budget, batch_ways(bench.mesh))
     lines = folder / "metrics.jsonl"
     lines.unlink(missing_ok=True)  # of an arm that was stopped: it begins anew
     with MetricsLog(lines, None, 0) as log:

@@ -70,18 +70,19 @@ def hardware(name: str) -> Hardware:
 
 def measure_cpu(devices: int) -> Hardware:
     """Measure this machine as `devices` simulated ones that share it: products of 1024³, copies of 64 MiB."""
-    side, copied = 1024, jnp.ones((2**24,), jnp.float32)
-    ones = {dtype: jnp.ones((side, side), dtype) for dtype in ("float32", "bfloat16", "int8")}
-
-    def product(x: jax.Array) -> jax.Array:
-        wide = jnp.int32 if x.dtype == jnp.int8 else x.dtype
-        return jax.lax.dot(x, x, preferred_element_type=wide)
-
-    rates = {dtype: 2 * side**3 / _seconds(jax.jit(product), x) / devices for dtype, x in ones.items()}
+    copied = jnp.ones((2**24,), jnp.float32)
+    rates = {dtype: product_rate(dtype, 1024) / devices for dtype in ("float32", "bfloat16", "int8")}
     bandwidth = 2 * copied.nbytes / _seconds(jax.jit(lambda x: x + 1), copied) / devices
     return Hardware(
         "cpu", rates, _memory_bytes() // devices, bandwidth, bandwidth / 2, "measured on the spot", utilisation=1.0
     )
+
+
+def product_rate(dtype: str, side: int) -> float:
+    """Measure the operations a second of one device in products of `side`³; integers are summed in int32."""
+    ones = jnp.ones((side, side), dtype)
+    wide = jnp.int32 if dtype == "int8" else dtype
+    return 2 * side**3 / _seconds(jax.jit(lambda x: jax.lax.dot(x, x, preferred_element_type=wide)), ones)
 
 
 def _seconds(function: Callable[[Any], Any], x: Any) -> float:

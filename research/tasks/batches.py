@@ -20,6 +20,9 @@ import numpy as np
 from research.config import TrainConfig
 from research.errors import UserError
 from research.tasks.encoding import EncodedExamples
+from research.tasks.packing import first_fit
+
+_MOST_PACKED = 8
 
 
 class Batch(NamedTuple):
@@ -89,66 +92,92 @@ class TrainingRows:
     Attributes:
       length_e: tokens that the row of each example reads, int [e].
       sizes: increasing sizes of t; a micro-batch gets the smallest that holds its longest row.
-      make: (numbers of examples, t) → the batch of their rows.
+      make: (numbers of the examples in each row, t, examples that a row has room for) → the batch of these rows.
     """
 
     length_e: np.ndarray
     sizes: Sequence[int]
-    make: Callable[[np.ndarray, int], Batch]
+    make: Callable[[Sequence[Sequence[int]], int, int], Batch]
+
+    @property
+    def most(self) -> int:
+        """Examples that a row of the largest size may hold; each has places for its predictions, used or not."""
+        return max(1, min(_MOST_PACKED, self.sizes[-1] // int(self.length_e.min())))
 
 
 def label_rows(examples: EncodedExamples, lengths: Sequence[int]) -> TrainingRows:
-    """Return rows of one branch, the true label's; `lengths`: sizes of t, in tokens."""
+    """Return rows of examples with their true labels, a branch each; `lengths`: sizes of t, in tokens."""
     slots = max(len(answer) for answer in examples.answers)
-    pairs = [
-        (prompt, [examples.answers[label]]) for prompt, label in zip(examples.prompts, examples.gold_e, strict=True)
-    ]
+    answers = [examples.answers[label] for label in examples.gold_e]
     # The last token of an answer is not read.
-    length_e = np.array([len(prompt) + len(answer) - 1 for prompt, (answer,) in pairs])
-    return TrainingRows(
-        length_e,
-        lengths,
-        lambda numbers, length: _make_batch([pairs[number] for number in numbers], len(numbers), length, slots),
-    )
+    length_e = np.array([len(p) + len(answer) - 1 for p, answer in zip(examples.prompts, answers, strict=True)])
+
+    def make(rows: Sequence[Sequence[int]], length: int, most: int) -> Batch:
+        batch = _empty_batch(len(rows), length, slots * most)
+        for row, numbers in enumerate(rows):
+            end = 0
+            for branch, number in enumerate(numbers, start=1):
+                prompt, answer = examples.prompts[number], answers[number]
+                _put(batch, row, end, np.concatenate([prompt, answer[:-1]]), 0, branch)
+                first, predictor = slots * (branch - 1), end + len(prompt) - 1
+                _predict(batch, row, first, range(predictor, predictor + len(answer)), answer, branch)
+                end += int(length_e[number])
+        return batch
+
+    return TrainingRows(length_e, lengths, make)
 
 
 def window_rows(windows: Sequence[np.ndarray], length: int) -> TrainingRows:
-    """Return rows of plain text, a window each; every token but a window's first is predicted.
+    """Return rows of plain text; every token but a window's first is predicted.
 
     `windows`: token ids of each, at most `length`, which is t of all batches.
     """
-    return TrainingRows(
-        np.array([len(window) for window in windows]),
-        (length,),
-        lambda numbers, length: window_batch([windows[number] for number in numbers], len(numbers), length),
-    )
+
+    def make(rows: Sequence[Sequence[int]], length: int, most: int) -> Batch:
+        batch = _empty_batch(len(rows), length, length - 1)
+        for row, numbers in enumerate(rows):
+            end = 0
+            for branch, number in enumerate(numbers, start=1):
+                _put_window(batch, row, end, windows[number], branch)
+                end += len(windows[number])
+        return batch
+
+    return TrainingRows(np.array([len(window) for window in windows]), (length,), make)
 
 
-def training_batches(rows: TrainingRows, train: TrainConfig) -> grain.MapDataset[tuple[Batch, ...]]:
+def training_batches(rows: TrainingRows, train: TrainConfig, multiple: int = 1) -> grain.MapDataset[tuple[Batch, ...]]:
     """Return the micro-batches of a run, by step: `dataset[step]`, or `iter(dataset[start:])` to prefetch.
 
     The rows of a step are a fair sample; they are sorted by length before they are cut into micro-batches, each padded
     on its own, so little is wasted. (Sorting across steps would save more, but where length and label go together it
     makes batches of one label, and training swings between them.)
-    What a step gets doesn't depend on `train.steps` nor on what was read before.
+    With `train.pack` the examples of a step share rows of the largest size, each in a branch of its own, so that the
+    loss is that of the step all the same. What a step gets doesn't depend on `train.steps` nor on what was read before.
 
     Args:
         rows: the training split.
         train: says seed, steps, batch size and micro-batches.
+        multiple: of which the rows of a packed micro-batch are, empty ones added.
 
     Raises:
         UserError: a batch larger than the split.
     """
-    order = TrainingOrder(len(rows.length_e), train.seed, train.batch_size)
+    order, parts = TrainingOrder(len(rows.length_e), train.seed, train.batch_size), train.accumulate
 
     def make(step: int) -> tuple[Batch, ...]:
         numbers = order.rows(step)
+        if train.pack:
+            fitted = first_fit(rows.length_e[numbers], rows.sizes[-1], rows.most)
+            packed: list[list[int]] = [numbers[row].tolist() for row in fitted]
+            packed += [[]] * (-len(packed) % (multiple * parts))
+            # Dealt out, so that no micro-batch is made of empty rows.
+            return tuple(rows.make(packed[part::parts], rows.sizes[-1], rows.most) for part in range(parts))
         by_length = numbers[np.argsort(rows.length_e[numbers], kind="stable")]
-        return tuple(make_part(part) for part in np.split(by_length, train.accumulate))
+        return tuple(make_part(part) for part in np.split(by_length, parts))
 
     def make_part(numbers: np.ndarray) -> Batch:
         length = bucket(int(rows.length_e[numbers].max()), rows.sizes)
-        return rows.make(numbers, length)
+        return rows.make([[number] for number in numbers], length, 1)
 
     return grain.MapDataset.range(train.steps).map(make)
 
@@ -247,11 +276,7 @@ def window_batch(windows: Sequence[np.ndarray], batch_size: int, length: int) ->
     """Return rows of plain text, a window of at most `length` token ids each, and empty rows up to `batch_size`."""
     batch = _empty_batch(batch_size, length, length - 1)
     for row, window in enumerate(windows):
-        size = len(window)
-        _put(batch, row, 0, window, 0, 0)
-        batch.source_ba[row, : size - 1] = np.arange(size - 1)
-        batch.target_ba[row, : size - 1] = window[1:]
-        batch.answer_ba[row, : size - 1] = 1
+        _put_window(batch, row, 0, window, 0)
     return batch
 
 
@@ -297,11 +322,9 @@ def _make_batch(
         _put(batch, row, 0, prompt, 0, 0)
         end, slot = len(prompt), 0
         for branch, answer in enumerate(answers, start=1):
-            read, predicted = len(answer) - 1, slice(slot, slot + len(answer))
+            read = len(answer) - 1
             _put(batch, row, end, answer[:-1], len(prompt), branch)
-            batch.source_ba[row, predicted] = [len(prompt) - 1, *range(end, end + read)]
-            batch.target_ba[row, predicted] = answer
-            batch.answer_ba[row, predicted] = branch
+            _predict(batch, row, slot, [len(prompt) - 1, *range(end, end + read)], answer, branch)
             end, slot = end + read, slot + len(answer)
     return batch
 
@@ -311,6 +334,20 @@ def _put(batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, 
     batch.tokens_bt[row, place] = tokens
     batch.position_bt[row, place] = np.arange(position, position + len(tokens))
     batch.branch_bt[row, place] = branch
+
+
+def _put_window(batch: Batch, row: int, start: int, window: np.ndarray, branch: int) -> None:
+    """Lay out a window from `start`: alone in its row (0), or the `branch`-th there."""
+    _put(batch, row, start, window, 0, branch)
+    sources = range(start, start + len(window) - 1)
+    _predict(batch, row, start - max(0, branch - 1), sources, window[1:], max(1, branch))
+
+
+def _predict(batch: Batch, row: int, slot: int, sources: Sequence[int], targets: np.ndarray, branch: int) -> None:
+    place = slice(slot, slot + len(targets))
+    batch.source_ba[row, place] = sources
+    batch.target_ba[row, place] = targets
+    batch.answer_ba[row, place] = branch
 
 
 def _empty_batch(batch_size: int, length: int, slots: int) -> Batch:

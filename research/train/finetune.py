@@ -38,7 +38,7 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import CONFIG, RunFolder, read_config, read_metrics
-from research.setup import Setup, make_setup, require_batch_fits, setup_of, whole_rows
+from research.setup import Setup, batch_ways, make_setup, require_batch_fits, setup_of, whole_rows
 from research.tasks.batches import ScoringBatch, label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
 from research.tasks.task import SPLITS
@@ -233,7 +233,7 @@ def _train(job: Job, folder: RunFolder, copy: RunCopy | None, resume: bool) -> T
         setup.graph, tx, experiment.optimizer, experiment.train, setup.table, job.mesh, state, _teacher(job)
     )
     rows = label_rows(job.examples.splits["train"], experiment.task.lengths)
-    batches = training_batches(rows, experiment.train)
+    batches = training_batches(rows, experiment.train, batch_ways(job.mesh))
     folder.replace_config(to_json(experiment))  # not before now: a run that can't go on like this keeps its own
 
     def say_as(title: str) -> Callable[[str], None]:

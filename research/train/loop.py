@@ -2,10 +2,10 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -55,38 +55,78 @@ def train(
 ) -> Trained:
     """Run the steps that are left; `batches[i]` are the micro-batches of step i; `title` is that of the progress bar.
 
+    A step is read (its metrics checked, logged, shown) while the device is busy with the next one, whose rows lie there
+    by then; so the device waits for nobody, but where a step is validated or saved.
     Ends early, having called `save`, if the process is asked to end. Raises `UserError` after `train.max_nonfinite`
     non-finite steps in a row (nothing is saved then: the newest checkpoint is from before).
     """
     first, last = int(state.step), experiment.train.steps
-    speed = _Speed()
-    skipped, stopped, first_step = 0, False, None
+    stopped, running = False, None
     with Progress(console, title, last, done=first) as progress, stop_requests() as stop_requested:
-        for number in range(first, last):
-            parts = batches[number]
-            assert parts is not None  # grain's type allows for filtered data sets
-            started = time.perf_counter()
-            state, metrics = step(state, [put_batch(part, setup.mesh) for part in parts])
-            values = jax.tree.map(float, jax.device_get(metrics))
-            speed.add(parts, time.perf_counter() - started)
-            first_step = first_step or time.monotonic()
-            skipped += _check_finite(values, number + 1, experiment.train.max_nonfinite)
-            done = number + 1
-            line = _line(values, speed)
-            if experiment.train.distill:
-                line["divergence"] = values.divergence
-            if validate is not None and _due(done, experiment.evaluation.every_steps, last):
-                line["validation_loss"] = validate(state)
-            if _due(done, experiment.logging.every_steps, last) or "validation_loss" in line:
-                log.append(done, line)
-            note = f"{skipped} skipped" if skipped else ""
-            progress.update(done, loss=values.loss, tokens_per_second=speed.tokens_per_second or None, note=note)
+        reader = _Reader(experiment, log, progress)
+        parts, placed = _placed(batches, first, setup) if first < last else ((), [])
+        for done in range(first + 1, last + 1):
+            reader.speed.begin(parts)
+            state, metrics = step(state, placed)
+            before, running = running, _Running(done, parts, metrics)
+            if done < last:
+                parts, placed = _placed(batches, done, setup)
+            if before is not None:
+                reader.record(done - 1, reader.read(before))
             stopped = any_process(stop_requested())
-            if stopped or _due(done, experiment.checkpoint.every_steps, last):
-                save(state, line.get("validation_loss"))
+            validated = validate is not None and _due(done, experiment.evaluation.every_steps, last)
+            saved = stopped or _due(done, experiment.checkpoint.every_steps, last)
+            if validated or saved or done == first + 1:
+                line, running = reader.read(running), None
+                if validate is not None and validated:
+                    line["validation_loss"] = validate(state)
+                reader.record(done, line)
+                if saved:
+                    save(state, line.get("validation_loss"))
+                reader.speed.resume()
             if stopped:
                 break
-    return Trained(state, speed.tokens_per_second, skipped, first_step, stopped)
+    return Trained(state, reader.speed.tokens_per_second, reader.skipped, reader.first_step, stopped)
+
+
+def _placed(batches: Any, number: int, setup: Setup) -> tuple[Sequence[Batch], list[Batch]]:
+    """Return the micro-batches of a step as they are, and on the mesh."""
+    parts = batches[number]
+    return parts, [put_batch(part, setup.mesh) for part in parts]
+
+
+class _Running(NamedTuple):
+    """A step that the device was given, the `done`-th of the run."""
+
+    done: int
+    parts: Sequence[Batch]
+    metrics: StepMetrics
+
+
+class _Reader:
+    """Waits for steps, checks what they report, shows and logs it."""
+
+    def __init__(self, experiment: Experiment, log: MetricsLog, progress: Progress) -> None:
+        self._experiment, self._log, self._progress = experiment, log, progress
+        self.speed, self.skipped = _Speed(), 0
+        self.first_step: float | None = None
+
+    def read(self, step: _Running) -> dict[str, Any]:
+        """Return the line of a step for the log; raises `UserError` as `train` does."""
+        values = jax.tree.map(float, jax.device_get(step.metrics))
+        self.speed.end(step.parts)
+        self.first_step = self.first_step or time.monotonic()
+        self.skipped += _check_finite(values, step.done, self._experiment.train.max_nonfinite)
+        rate, note = self.speed.tokens_per_second or None, f"{self.skipped} skipped" if self.skipped else ""
+        self._progress.update(step.done, loss=values.loss, tokens_per_second=rate, note=note)
+        divergence = {"divergence": values.divergence} if self._experiment.train.distill else {}
+        return _line(values, self.speed) | divergence
+
+    def record(self, done: int, line: Mapping[str, Any]) -> None:
+        """Log the line of a step if it is due, or holds what is rarely measured."""
+        experiment = self._experiment
+        if _due(done, experiment.logging.every_steps, experiment.train.steps) or "validation_loss" in line:
+            self._log.append(done, line)
 
 
 def _due(done: int, every: int, last: int) -> bool:
@@ -123,20 +163,33 @@ def _line(values: StepMetrics, speed: "_Speed") -> dict[str, Any]:
 
 
 class _Speed:
-    """Tokens and seconds of the steps whose shapes were all seen before, that is, of those that compiled nothing."""
+    """Tokens and seconds from one reading of a step to the next, of those between which nothing was compiled."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, ...]] = set()
+        self._compiled = False
         self._tokens, self._seconds = 0, 0.0
         self.last_tokens, self.last_seconds = 0, 0.0
+        self.resume()
 
-    def add(self, parts: Sequence[Batch], seconds: float) -> None:
-        self.last_tokens, self.last_seconds = sum(int((part.branch_bt >= 0).sum()) for part in parts), seconds
+    def begin(self, parts: Sequence[Batch]) -> None:
+        """Note that a step is handed to the device."""
         shapes = {np.shape(part.tokens_bt) for part in parts}
-        if shapes <= self._seen:
-            self._tokens += self.last_tokens
-            self._seconds += seconds
+        self._compiled |= not shapes <= self._seen
         self._seen |= shapes
+
+    def end(self, parts: Sequence[Batch]) -> None:
+        """Note that a step is read."""
+        now = time.perf_counter()
+        self.last_tokens, self.last_seconds = sum(int((part.branch_bt >= 0).sum()) for part in parts), now - self._since
+        if not self._compiled:
+            self._tokens += self.last_tokens
+            self._seconds += self.last_seconds
+        self._since, self._compiled = now, False
+
+    def resume(self) -> None:
+        """Count from now on: what came in between was no training."""
+        self._since = time.perf_counter()
 
     @property
     def tokens_per_second(self) -> float:

@@ -77,15 +77,16 @@ def make_optimizer(
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(table[path_of(path)].contract), params)
 
     adamw = optax.chain(
-        _scale_by_adam(config, table),
+        adam_of(config, table),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(make_schedule(config, train.steps)),
     )
     scales = optax.adam(config.scale_learning_rate, b1=config.b1, b2=config.b2)
     quantized = quantize(adamw, policy, dtype=train.param_dtype, scales=scales, settle=partial(_settle, table))
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantized)
-    # After so many in a row optax would accept a non-finite gradient; the loop stops the run one earlier.
-    return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite))
+    # After so many in a row optax accepts a non-finite gradient. The loop stops the run at `max_nonfinite`, which it
+    # learns when the next step is under way, and that one must not be accepted.
+    return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite + 1))
 
 
 def _settle(table: Table, path: str, encoded: Encoded) -> Encoded:
@@ -96,10 +97,10 @@ def _settle(table: Table, path: str, encoded: Encoded) -> Encoded:
     return split(split(encoded, parameter.latent_spec), parameter.spec)
 
 
-def _scale_by_adam(config: OptimizerConfig, table: Table) -> optax.GradientTransformation:
+def adam_of(config: OptimizerConfig, table: Table) -> optax.GradientTransformation:
     """Return Adam with its moments stored as the config says; `UserError` where the mesh would split their blocks."""
-    if config.moments == "float32":
-        return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    if config.moments != "int8":
+        return optax.scale_by_adam(config.b1, config.b2, config.epsilon, mu_dtype=config.moments)
     blocks = moment_blocks({path: parameter.leaf for path, parameter in table.items()})
     return scale_by_adam_8bit(config.b1, config.b2, config.epsilon, blocks=blocks)
 
