@@ -1,4 +1,4 @@
-"""The shape of a Llama-architecture decoder, as plain numbers: what formats read and what the model is built from."""
+"""The shape of a Llama-like decoder, as plain numbers: what formats read and what the model is built from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +52,8 @@ class Architecture:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tied_head: bool = True
+    head_norms: bool = False
+    """Whether each head's queries and keys are normed before they are rotated (Qwen3)."""
     experts: ExpertSizes | None = None
 
     def __post_init__(self) -> None:

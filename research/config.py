@@ -395,9 +395,16 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Newest checkpoints kept; the best one on validation loss is kept besides."""
+    copy_to: str = ""
+    """URL of a folder in an object store (gs://…, s3://…): the run's folder is copied into it after each checkpoint
+    and at the end; --resume fetches it where the run isn't."""
 
     def __post_init__(self) -> None:
         check_types(self, "checkpoint.")
+        require(
+            not self.copy_to or "://" in self.copy_to,
+            f"checkpoint.copy_to={self.copy_to!r}: give a URL, as in gs://bucket/runs or s3://bucket/runs",
+        )
         require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: give 0 or more")
         require(self.keep >= 1, f"checkpoint.keep={self.keep}: give 1 or more")
 

@@ -27,7 +27,7 @@ from research.errors import UserError, nearest
 
 Config = TypeVar("Config", Experiment, Comparison)
 
-RESUME_MAY_CHANGE = ("mesh", "train.steps", "logging", "run")
+RESUME_MAY_CHANGE = ("mesh", "train.steps", "logging", "run", "checkpoint.copy_to")
 """Fields or sections that may differ between a run and its continuation."""
 
 

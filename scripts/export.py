@@ -18,6 +18,7 @@ from research.programs import keep_programs
 from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
 from research.setup import setup_of
+from research.stores import is_url
 from research.train.export import stored_leaves, write_export
 from research.train.interchange import (
     COMPRESSED_TYPES,
@@ -43,7 +44,7 @@ def main() -> None:
     example = "python scripts/export.py --checkpoint runs/int8_tp4 --format gguf --type Q8_0 --output model.gguf"
     parser = make_parser(__doc__, example, overrides=False)
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="PATH", help="a run, one of its checkpoints, or an export"
+        "--checkpoint", required=True, metavar="PATH", help="a run, one of its checkpoints, or an export; may be a URL"
     )
     parser.add_argument("--format", required=True, choices=list(TYPES))
     parser.add_argument(
@@ -53,6 +54,8 @@ def main() -> None:
     flags = parse_arguments(parser)
     check_type(flags.format, flags.type)
     require_one_process("export.py")
+    if is_url(flags.checkpoint) and flags.output is None:
+        raise UserError(f"--checkpoint {flags.checkpoint} is a URL: say where the export is to go, --output PATH")
     console = make_console()
     opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
     output = flags.output or default_output(opened, flags.format, flags.type)

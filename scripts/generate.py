@@ -5,7 +5,6 @@ Only the text goes to standard output; what is said about it goes to standard er
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
@@ -28,7 +27,7 @@ def main() -> None:
     """Parse the command line, open the model, write."""
     parser = make_parser(__doc__, EXAMPLE)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, metavar="PATH", help="a run, one of its checkpoints, or an export")
+    model.add_argument("--checkpoint", metavar="PATH", help="a run, one of its checkpoints, or an export; may be a URL")
     model.add_argument("--foundation", metavar="NAME", help="a registered name, directory, GGUF file or hf://org/name")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from")
     form = parser.add_mutually_exclusive_group()

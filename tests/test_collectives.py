@@ -50,6 +50,8 @@ CASES = {
     "learned": rounded(weight="int4", learn_scale=True),
     "static": rounded(weight="int8", activation="int8:static:ema"),
     "only some": tiny_plans.job(EIGHT_LAYERS, (Rule(match="layers/.*/(q|up).*", weight="int8", activation="int8"),)),
+    "heads normed": tiny_plans.job(replace(EIGHT_LAYERS, head_norms=True, query_heads=9, kv_heads=3), W8A8),
+    "heads normed, rematerialized": tiny_plans.job(replace(EIGHT_LAYERS, head_norms=True), FLOAT, rematerialize="full"),
     "padded": tiny_plans.job(replace(EIGHT_LAYERS, query_heads=9, kv_heads=3, vocabulary=1999), W8A8),
     "positions that don't divide": tiny_plans.job(EIGHT_LAYERS, W8A8, length=61),
 }

@@ -76,6 +76,7 @@ IMPOSSIBLE = [
     (EvaluationConfig, {"every_steps": -1}, "evaluation.every_steps"),
     (EvaluationConfig, {"bootstrap_samples": 0}, "evaluation.bootstrap_samples"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep"),
+    (CheckpointConfig, {"copy_to": "runs"}, "checkpoint.copy_to"),
     (CheckpointConfig, {"every_steps": -1}, "checkpoint.every_steps"),
     (LoggingConfig, {"every_steps": 0}, "logging.every_steps"),
     (Experiment, {"foundation": ""}, "foundation is empty"),

@@ -33,7 +33,7 @@ def test_an_even_size_is_a_hadamard_matrix() -> None:
     np.testing.assert_allclose(np.abs(orthogonal(64, (0,))), 1 / 8, atol=1e-15)
 
 
-@pytest.mark.parametrize("source", folds.SOURCES, ids=str)
+@pytest.mark.parametrize("source", [*folds.SOURCES, folds.MIXTURE], ids=str)
 def test_logits_stay_what_they_were(source: Architecture | str) -> None:
     model = tiny.float_model(source)
     rotated = rotate(model, seed=3)
@@ -44,6 +44,8 @@ def test_logits_stay_what_they_were(source: Architecture | str) -> None:
         assert w.shape == shape and w.dtype == np.float32
         if path.endswith("norm/scale_d"):
             assert (w == 1).all()
+        elif path.endswith("scale_h"):  # of queries and keys, which are not rotated
+            np.testing.assert_array_equal(w, model.read(path))
         elif path not in ("layers/attention/q_dnh", "head/table_vd"):
             assert folds.relative(w, model.read(path)) > 0.1, path  # and not because nothing has happened
 

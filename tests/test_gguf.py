@@ -13,7 +13,7 @@ from test_gguf_file import blocks
 from test_gguf_tokenizer import BYTE_LEVEL, TEXT
 from tiny_tokenizers import sentencepiece
 
-from research.architecture import Architecture
+from research.architecture import Architecture, ExpertSizes
 from research.errors import UserError
 from research.formats import gguf, huggingface
 from research.formats.gguf_file import READABLE, open_gguf
@@ -23,7 +23,7 @@ from research.formats.model_source import ModelSource, leaf_shapes
 from research.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-MODELS = ("gqa_9_3", "llama3_rope", "mha", "untied_v4", "wide_heads")
+MODELS = ("gqa_9_3", "llama3_rope", "mha", "mixtral", "qwen3", "qwen3_moe", "untied_v4", "wide_heads")
 # Widths that are multiples of 256, so that every type of block fits; the rest as small as it gets.
 WIDE = Architecture(
     vocabulary=400, width=256, layers=2, query_heads=4, kv_heads=2, head_width=64, feed_forward=256, context=64
@@ -153,7 +153,8 @@ def test_every_type_of_block_lands_in_the_right_leaf(kind, tmp_path):
 @pytest.mark.parametrize("leaf", gguf.LEAVES, ids=lambda leaf: leaf.path)
 def test_rows_and_leaf_are_inverse_for_codes_too(leaf):
     """Any dtype: int8 codes must go the same way as weights."""
-    shapes = leaf_shapes(replace(WIDE, tied_head=False))
+    experts = ExpertSizes(experts=3, chosen=1) if leaf.path.endswith(("e", "edf", "efd")) else None
+    shapes = leaf_shapes(replace(WIDE, tied_head=False, head_norms=True, experts=experts))
     inner = shapes[leaf.path][1:] if leaf.path.startswith("layers/") else shapes[leaf.path]
     codes = np.random.default_rng(0).integers(-127, 128, inner, np.int8)
     rows = gguf.to_rows(leaf, codes)

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.errors import UserError
 from research.formats.gguf_file import GgufFile, TensorEntry
-from research.formats.gguf_metadata import ROPE_FACTORS, architecture_metadata, read_architecture, rope_factors
+from research.formats.gguf_metadata import (
+    ROPE_FACTORS,
+    architecture_metadata,
+    kind_of,
+    read_architecture,
+    rope_factors,
+)
 
 LLAMA3 = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context=8192)
 PLAIN = Architecture(
@@ -25,12 +31,13 @@ PLAIN = Architecture(
     norm_epsilon=1e-5,
     rope_theta=500_000.0,
 )
+EXPERTS = ExpertSizes(experts=4, chosen=2)
 OTHER = replace(PLAIN, rope_scaling=replace(LLAMA3, factor=2.5, original_context=64, high_frequency_factor=3.0))
 
 
 def opened(architecture: Architecture, folder: Path, **changes: object) -> GgufFile:
     """The header of a file of that shape; `changes` are metadata (with "__" for "."), None takes a key away."""
-    metadata = {"general.architecture": "llama", **architecture_metadata(architecture)}
+    metadata = {"general.architecture": kind_of(architecture), **architecture_metadata(architecture)}
     # What a file holds is float32, so 1e-5 comes back as 9.999999747378752e-06.
     metadata = {key: float(np.float32(v)) if isinstance(v, float) else v for key, v in metadata.items()}
     metadata |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -46,11 +53,36 @@ def opened(architecture: Architecture, folder: Path, **changes: object) -> GgufF
 
 @pytest.mark.parametrize(
     "architecture",
-    [PLAIN, replace(PLAIN, tied_head=False, kv_heads=3), replace(PLAIN, rope_scaling=LLAMA3), OTHER],
-    ids=["plain", "untied", "llama3", "other_scaling"],
+    [
+        PLAIN,
+        replace(PLAIN, tied_head=False, kv_heads=3),
+        replace(PLAIN, rope_scaling=LLAMA3),
+        OTHER,
+        replace(PLAIN, experts=EXPERTS),
+        replace(PLAIN, head_norms=True),
+        replace(PLAIN, head_norms=True, experts=EXPERTS),
+    ],
+    ids=["plain", "untied", "llama3", "other_scaling", "mixtral", "qwen3", "qwen3moe"],
 )
 def test_shape_comes_back(architecture, tmp_path):
     assert read_architecture(opened(architecture, tmp_path)) == architecture
+
+
+def test_an_expert_of_qwen3_has_a_size_of_its_own(tmp_path):
+    qwen3 = replace(PLAIN, head_norms=True, experts=EXPERTS)
+    assert read_architecture(opened(qwen3, tmp_path, qwen3moe__feed_forward_length=99)) == qwen3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": replace(EXPERTS, normalized=False)}, "no mixture whose shares don't sum to 1"),
+        ({"head_norms": True, "rope_scaling": LLAMA3}, "doesn't scale the rotary frequencies of a Qwen3"),
+    ],
+)
+def test_what_llama_cpp_lacks_is_not_written(changes, message):
+    with pytest.raises(UserError, match=message):
+        architecture_metadata(replace(PLAIN, **changes))
 
 
 def test_scaling_of_llama3_is_found_in_a_file_that_does_not_state_it(tmp_path):
@@ -105,7 +137,9 @@ def test_counts_given_for_each_layer(tmp_path):
         ({"general__architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
         ({"general__architecture": None}, "architecture None is not supported"),
         ({"split__count": 3}, "one part of 3; .* llama-gguf-split --merge"),
-        ({"llama__expert_count": 8}, "llama.expert_count=8 is not supported"),
+        ({"llama__expert_count": 8}, "llama.expert_used_count is missing"),
+        ({"llama__expert_count": 4, "llama__expert_used_count": 5}, "5 experts a token of 4"),
+        ({"llama__expert_gating_func": 2}, "llama.expert_gating_func=2 is not supported"),
         ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported"),
         ({"llama__rope__scaling__factor": 4.0}, "llama.rope.scaling.factor=4.0 is not supported"),
         ({"llama__block_count": None}, "llama.block_count is missing"),

@@ -64,9 +64,9 @@ def inverse_frequencies(a: Architecture) -> np.ndarray:
 def reference_logits(
     a: Architecture, p: dict[str, np.ndarray], tokens_bt: np.ndarray, activation=lambda x: x
 ) -> np.ndarray:
-    """Logits [b, t, v] of a Llama in float64 numpy, written down from the paper's formulas.
+    """Logits [b, t, v] of a decoder in float64 numpy, written down from the papers' formulas.
 
-    `activation` is applied to what a matrix multiplies: an array whose last axis is summed over.
+    `activation` is applied to what a matrix multiplies, but for a router: an array whose last axis is summed over.
     """
     p = {path: leaf.astype(np.float64) for path, leaf in p.items()}
     angle_th = np.arange(tokens_bt.shape[1])[:, None] * np.tile(inverse_frequencies(a), 2)
@@ -74,6 +74,22 @@ def reference_logits(
 
     def norm(x_btd, scale_d):
         return x_btd / np.sqrt((x_btd**2).mean(-1, keepdims=True) + a.norm_epsilon) * scale_d
+
+    def of_head(name, x_btnh, w):
+        return rotate(norm(x_btnh, w[f"attention/{name}_norm/scale_h"]) if a.head_norms else x_btnh)
+
+    def feed(y_btd, gate_df, up_df, down_fd):
+        y_btd = activation(y_btd)
+        gate_btf = y_btd @ gate_df
+        return activation(gate_btf / (1 + np.exp(-gate_btf)) * (y_btd @ up_df)) @ down_fd
+
+    def mixture(y_btd, router_de, *experts):
+        share_bte = np.exp(y_btd @ router_de)
+        share_bte /= share_bte.sum(-1, keepdims=True)
+        share_bte[share_bte < np.sort(share_bte, axis=-1)[..., -a.experts.chosen, None]] = 0
+        if a.experts.normalized:
+            share_bte /= share_bte.sum(-1, keepdims=True)
+        return sum(share_bte[..., e, None] * feed(y_btd, *(w[e] for w in experts)) for e in range(a.experts.experts))
 
     def rotate(x_btnh):
         first, second = np.split(x_btnh, 2, axis=-1)
@@ -84,8 +100,8 @@ def reference_logits(
     for layer in range(a.layers):
         w = {path.removeprefix("layers/"): leaf[layer] for path, leaf in p.items() if path.startswith("layers/")}
         y_btd = activation(norm(x_btd, w["attention_norm/scale_d"]))
-        q_btnh = rotate(np.einsum("btd,dnh->btnh", y_btd, w["attention/q_dnh"]))
-        k_bskh = rotate(np.einsum("bsd,dkh->bskh", y_btd, w["attention/k_dkh"]))
+        q_btnh = of_head("q", np.einsum("btd,dnh->btnh", y_btd, w["attention/q_dnh"]), w)
+        k_bskh = of_head("k", np.einsum("bsd,dkh->bskh", y_btd, w["attention/k_dkh"]), w)
         v_bskh = np.einsum("bsd,dkh->bskh", y_btd, w["attention/v_dkh"])
         k_bsnh, v_bsnh = (np.repeat(x, a.queries_per_kv, axis=2) for x in (k_bskh, v_bskh))
         score_bnts = np.einsum("btnh,bsnh->bnts", q_btnh, k_bsnh) / np.sqrt(a.head_width)
@@ -94,10 +110,9 @@ def reference_logits(
         y_btnh = np.einsum("bnts,bsnh->btnh", weight_bnts, v_bsnh)
         y_btx = activation(y_btnh.reshape(*tokens_bt.shape, -1))
         x_btd = x_btd + y_btx @ w["attention/o_nhd"].reshape(-1, a.width)
-        y_btd = activation(norm(x_btd, w["mlp_norm/scale_d"]))
-        gate_btf = y_btd @ w["mlp/gate_df"]
-        hidden_btf = gate_btf / (1 + np.exp(-gate_btf)) * (y_btd @ w["mlp/up_df"])
-        x_btd = x_btd + activation(hidden_btf) @ w["mlp/down_fd"]
+        y_btd = norm(x_btd, w["mlp_norm/scale_d"])
+        names = ("router_de", "gate_edf", "up_edf", "down_efd") if a.experts else ("gate_df", "up_df", "down_fd")
+        x_btd = x_btd + (mixture if a.experts else feed)(y_btd, *(w[f"mlp/{name}"] for name in names))
     return activation(norm(x_btd, p["norm/scale_d"])) @ p.get("head/table_vd", p["embed/table_vd"]).T
 
 

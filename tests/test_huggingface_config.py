@@ -1,11 +1,12 @@
 """config.json in both spellings, and one clear line for everything that our model would compute differently."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.errors import UserError
 from research.formats.huggingface_config import read_architecture, write_config
 from research.tokenizer import Tokenizer
@@ -49,6 +50,19 @@ def _with(**changes: object) -> Architecture:
         ),
         ("wide_heads", _with(width=20, kv_heads=2, head_width=12)),
         ("sharded", _with(layers=3, kv_heads=2, tied_head=False)),
+        ("mixtral", _with(kv_heads=2, experts=ExpertSizes(experts=4, chosen=2))),
+        ("qwen3", _with(width=18, query_heads=9, kv_heads=3, head_width=16, rope_theta=1e5, head_norms=True)),
+        (
+            "qwen3_moe",
+            _with(
+                kv_heads=2,
+                head_width=8,
+                feed_forward=12,
+                tied_head=False,
+                head_norms=True,
+                experts=ExpertSizes(experts=6, chosen=3),
+            ),
+        ),
     ],
 )
 def test_fixtures(fixture, expected):
@@ -59,6 +73,32 @@ def test_what_is_not_given_is_what_transformers_assumes(edit):
     keys = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     file = edit("mha", **dict.fromkeys((*keys, "rope_parameters", "architectures", "hidden_act")))
     assert read_architecture(file) == _with(context=2048, norm_epsilon=1e-6, tied_head=False)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "changes"),
+    [
+        ("mixtral", {"rope_theta": 1e6, "norm_epsilon": 1e-5, "context": 131_072}),
+        ("qwen3", {"rope_theta": 1e4, "norm_epsilon": 1e-6, "context": 32_768, "head_width": 128}),
+        ("qwen3_moe", {"rope_theta": 1e4, "norm_epsilon": 1e-6, "context": 32_768, "head_width": 4}),
+    ],
+)
+def test_what_is_not_given_is_what_its_class_assumes(edit, fixture, changes):
+    missing = dict.fromkeys(("architectures", "rope_parameters", "rms_norm_eps", "max_position_embeddings", "head_dim"))
+    given = read_architecture(FIXTURES / fixture / "config.json")
+    assert read_architecture(edit(fixture, **missing)) == replace(given, **changes)
+
+
+def test_experts_are_read_in_both_spellings(edit):
+    of_hub = {"num_experts": 5, "num_local_experts": None, "norm_topk_prob": None}
+    assert read_architecture(edit("qwen3_moe", **of_hub)).experts == ExpertSizes(experts=5, chosen=3, normalized=False)
+    assert read_architecture(edit("mixtral", num_experts=5, num_local_experts=None)).experts.experts == 5
+
+
+def test_experts_that_no_class_has_are_an_error(tmp_path):
+    odd = _with(experts=ExpertSizes(experts=4, chosen=2, normalized=False))
+    with pytest.raises(UserError, match="shares don't sum to 1, without norms of heads, can't be written"):
+        write_config(tmp_path, odd, Tokenizer.load(FIXTURES / "mha"), "float32")
 
 
 def test_theta_at_the_top_counts_where_rope_parameters_have_none(edit):
@@ -76,7 +116,7 @@ def test_old_key_type_is_read(edit):
     ("fixture", "changes", "words"),
     [
         ("mha", {"architectures": ["MistralForCausalLM"]}, "architectures=['MistralForCausalLM'] is not supported"),
-        ("mha", {"architectures": None, "model_type": "qwen2"}, "use a checkpoint of a LlamaForCausalLM"),
+        ("mha", {"architectures": None, "model_type": "qwen2"}, "use a checkpoint of one of LlamaForCausalLM, Mix"),
         ("mha", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config says 'gptq'"),
         ("mha", {"attention_bias": True}, "attention_bias=True is not supported; use a checkpoint with"),
         ("mha", {"mlp_bias": True}, "mlp_bias=True"),
@@ -97,6 +137,14 @@ def test_old_key_type_is_read(edit):
         ("mha", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ("mha", {"num_key_value_heads": 3}, "query_heads=4 is not a multiple of kv_heads=3"),
         ("mha", {"rms_norm_eps": "small"}, "rms_norm_eps='small' is not a number above 0"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts=None is not a whole number"),
+        ("mixtral", {"num_experts_per_tok": 5}, "5 experts a token of 4"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0] is not supported; use a checkpoint with"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size=None is not a whole number"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob=1 is neither true nor false"),
         ("mha", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' is neither true nor false"),
     ],
 )
@@ -127,6 +175,9 @@ def test_what_is_written_is_read_back_by_either_spelling(tmp_path, fixture):
         file.write_text(json.dumps({key: value for key, value in whole.items() if key not in spelling}))
         assert read_architecture(file) == architecture
     written_by_transformers = json.loads((FIXTURES / fixture / "config.json").read_text())
-    same = set(whole) & set(written_by_transformers) - {"eos_token_id", "dtype", "torch_dtype"}
+    given = {key for key, value in written_by_transformers.items() if value is not None}
+    same = set(whole) & given - {"eos_token_id", "dtype", "torch_dtype"}
+    if "moe_intermediate_size" in same:
+        same.remove("intermediate_size")  # of layers without experts, of which there are none
     assert {"vocab_size", "bos_token_id", "architectures"} < same
     assert {key: whole[key] for key in same} == {key: written_by_transformers[key] for key in same}

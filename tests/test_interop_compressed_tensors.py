@@ -101,14 +101,15 @@ def an_ulp_off(weights: dict[str, Any]) -> dict[str, Any]:
     return {**weights, "layers": layers}
 
 
-@pytest.mark.parametrize("type", ("w4a16", "w8a16"))
-def test_the_library_unpacks_the_codes(tmp_path: Path, type: str) -> None:
+@pytest.mark.parametrize(("type", "head_norms"), (("w4a16", False), ("w8a16", False), ("w4a16", True)))
+def test_the_library_unpacks_the_codes(tmp_path: Path, type: str, head_norms: bool) -> None:
     """And transformers decodes the weights themselves, also where a scale is negative."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    leaves = int4_leaves()
-    write_compressed_tensors(tmp_path / "x", leaves, SMALL, byte_level(), type, METADATA)
+    architecture = replace(SMALL, head_norms=head_norms)  # a Llama, or a Qwen3
+    leaves = int4_leaves(architecture)
+    write_compressed_tensors(tmp_path / "x", leaves, architecture, byte_level(), type, METADATA)
     model = load(tmp_path / "x")
     tensors = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
     model(torch.zeros((1, 1), dtype=torch.long))  # decodes

@@ -11,7 +11,7 @@ import tiny_models as tiny
 from test_gguf_blocks import SMALL, int4_leaves
 from tiny_tokenizers import byte_level
 
-from research.architecture import ExpertSizes
+from research.architecture import Architecture, ExpertSizes
 from research.formats import huggingface
 from research.formats.model_source import leaf_shapes
 from research.model.generate import generate
@@ -79,39 +79,64 @@ def test_greedy_answers_are_equal(directory: Path, ours: tiny.Tiny, theirs: Any)
     assert list(generate(ours.graph, ours.served, ids, max_tokens=TOKENS)) == wanted
 
 
-# --- mixtures of experts
+# --- other decoders
 
-MIXTURE = replace(SMALL, feed_forward=48, experts=ExpertSizes(experts=4, chosen=2), tied_head=False)
+MIXTRAL = replace(SMALL, feed_forward=48, experts=ExpertSizes(experts=4, chosen=2), tied_head=False)
+QWEN3 = replace(SMALL, head_norms=True, head_width=24)
+KINDS = {
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": replace(QWEN3, feed_forward=48, experts=ExpertSizes(experts=6, chosen=3, normalized=False)),
+    "Qwen3MoeForCausalLM, shares of 1": replace(QWEN3, experts=ExpertSizes(experts=6, chosen=3), tied_head=False),
+}
 
 
-def assert_same_logits(directory: Path) -> None:
-    """Ours and theirs, from one directory; bound as above."""
-    import torch
+@pytest.fixture(params=KINDS)
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Architecture, Path]:
+    """A directory of ours with random weights."""
+    architecture = KINDS[request.param]
+    paths, read = tuple(leaf_shapes(architecture)), tiny.random_weights(architecture)
+    huggingface.write(tmp_path / "x", architecture, byte_level(), paths, read)
+    assert huggingface.open_model(tmp_path / "x").description.startswith(request.param.partition(",")[0])
+    return architecture, tmp_path / "x"
+
+
+def loaded(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    theirs, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(found.values()), found
-    model = tiny.make(str(directory))
+    return model.eval()
+
+
+def assert_same(ours: tiny.Tiny, theirs: Any) -> None:
+    """Logits, bound as above, and greedy tokens."""
+    import torch
+
     tokens_bt = np.random.default_rng(0).integers(3, SMALL.vocabulary, (3, 40)).astype(np.int32)
-    found_btv = np.asarray(causal(model.model(model.served), jax.numpy.asarray(tokens_bt)))
+    found_btv = np.asarray(causal(ours.model(ours.served), jax.numpy.asarray(tokens_bt)))
     with torch.no_grad():
-        wanted_btv = theirs.eval()(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy()
+        wanted_btv = theirs(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy()
+        theirs.generation_config.eos_token_id = None  # no token ends a text, here as in `generate`
+        prompt = torch.tensor(tokens_bt[:1], dtype=torch.long)
+        answer = theirs.generate(prompt, max_new_tokens=TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()
     print("logits", abs(found_btv - wanted_btv).max() / abs(wanted_btv).max())
     assert abs(found_btv - wanted_btv).max() < 1e-4 * abs(wanted_btv).max()
+    assert list(generate(ours.graph, ours.served, tokens_bt[0].tolist(), max_tokens=TOKENS)) == answer
 
 
-def test_a_mixtral_of_ours_has_transformers_logits(tmp_path: Path) -> None:
-    read = tiny.random_weights(MIXTURE)
-    huggingface.write(tmp_path / "x", MIXTURE, byte_level(), tuple(leaf_shapes(MIXTURE)), read)
-    assert_same_logits(tmp_path / "x")
+def test_a_decoder_of_ours_is_that_of_transformers(written: tuple[Architecture, Path]) -> None:
+    assert_same(tiny.make(str(written[1])), loaded(written[1]))
 
 
-def test_a_mixtral_of_transformers_has_our_logits(tmp_path: Path) -> None:
+def test_a_decoder_of_transformers_is_ours(written: tuple[Architecture, Path], tmp_path: Path) -> None:
+    """As its class draws the weights, and spells config.json."""
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    huggingface.write(tmp_path / "x", MIXTURE, byte_level(), tuple(leaf_shapes(MIXTURE)), tiny.random_weights(MIXTURE))
     torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig.from_pretrained(tmp_path / "x")).save_pretrained(tmp_path / "y")
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(written[1]))
+    theirs.save_pretrained(tmp_path / "y")
     byte_level().save(tmp_path / "y")
-    assert_same_logits(tmp_path / "y")
+    assert huggingface.open_model(tmp_path / "y").architecture == written[0]
+    assert_same(tiny.make(str(tmp_path / "y")), loaded(tmp_path / "y"))

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     "errors axes architecture architectures padding config comparison config_file command_line units environment"
     " host_memory",
-    "mesh processes quant kernels packages programs",
+    "mesh processes quant kernels packages programs stores",
     "model foundation formats tokenizer chat_template tasks",
     "train evaluate compare plan benchmark setup report results run_folder plot progress",
 )

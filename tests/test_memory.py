@@ -64,6 +64,8 @@ CASES = {
     "w8a8": tiny_plans.job(EIGHT_LAYERS, W8A8),
     "untied": tiny_plans.job(replace(EIGHT_LAYERS, tied_head=False), W8A8),
     "grouped queries": tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2), W8A8),
+    "heads normed": tiny_plans.job(replace(EIGHT_LAYERS, head_norms=True), W8A8),
+    "heads normed, float": tiny_plans.job(replace(EIGHT_LAYERS, head_norms=True), FLOAT),
     "rematerialized": tiny_plans.job(EIGHT_LAYERS, W8A8, rematerialize="full"),
     "products saved": tiny_plans.job(EIGHT_LAYERS, FLOAT, rematerialize="dots"),
     "chunks": tiny_plans.job(EIGHT_LAYERS, FLOAT, loss_chunk=32),

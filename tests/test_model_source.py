@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from research.architecture import Architecture
+from research.architecture import Architecture, ExpertSizes
 from research.errors import UserError
 from research.formats.model_source import check_shape, leaf_shapes
 
@@ -28,7 +28,14 @@ def test_names_and_shapes_agree_on_the_axes():
     named = {names.get(letter, "feed_forward"): size for letter, size in sizes.items()}
     shapes = leaf_shapes(Architecture(context=9, tied_head=False, **named))
     assert len(shapes) == 12
-    for path, shape in shapes.items():
+    normed = leaf_shapes(Architecture(context=9, head_norms=True, experts=ExpertSizes(experts=3, chosen=1), **named))
+    assert set(normed) - set(shapes) == {
+        "layers/attention/q_norm/scale_h",
+        "layers/attention/k_norm/scale_h",
+        *(f"layers/mlp/{name}" for name in ("router_de", "gate_edf", "up_edf", "down_efd")),
+    }
+    sizes["e"] = 3
+    for path, shape in (shapes | normed).items():
         letters = ("l" if path.startswith("layers/") else "") + path.rsplit("_", 1)[1]
         assert shape == tuple(sizes[letter] for letter in letters), path
 

@@ -11,15 +11,15 @@ import tiny_models as tiny
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from research.architecture import Architecture
+from research.architecture import Architecture, ExpertSizes
 from research.axes import AxisRules
 from research.errors import UserError
-from research.model.parameters import TABLE, parameter_table, plan_heads
+from research.model.parameters import TABLE, parameter_table, plan_heads, table_of
 from research.model.placement import place
 from research.model.transformer import Transformer, make_settings
 
 # Written out a second time, on purpose: a letter that the code maps elsewhere fails here.
-SPLIT_OVER = {"l": "stage", "d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+SPLIT_OVER = {"l": "stage", "e": "expert", "d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
 SUMMED_OVER = {"o_nhd": "nh", "down_fd": "f", "scale_d": ""}  # "d" of all others
 
 
@@ -103,7 +103,9 @@ def test_only_an_untied_model_has_a_head_of_its_own() -> None:
     tied, untied = (
         parameter_table(replace(tiny.GQA_9_3, tied_head=tied), AxisRules(), _sizes()) for tied in (True, False)
     )
-    assert set(untied) - set(tied) == {"head/table_vd"} and set(untied) == set(TABLE)
+    assert set(untied) - set(tied) == {"head/table_vd"} and set(untied) == set(
+        table_of(replace(tiny.GQA_9_3, tied_head=False))
+    )
 
 
 def test_a_width_that_does_not_divide_is_an_error_that_lists_the_sizes_that_do() -> None:
@@ -116,13 +118,16 @@ def test_a_width_that_does_not_divide_is_an_error_that_lists_the_sizes_that_do()
 LAID_OUT = [
     (tiny.GQA_9_3, {"data": 2, "tensor": 4}),
     (tiny.GQA_9_3, {"fsdp": 4}),
-    (replace(tiny.GQA_9_3, layers=3), {"stage": 2, "tensor": 4}),
+    (replace(tiny.GQA_9_3, layers=3, head_norms=True), {"stage": 2, "tensor": 4}),
     (replace(tiny.GQA_10_2, tied_head=False), {"fsdp": 2, "tensor": 4}),
+    (replace(tiny.GQA_9_3, head_norms=True, experts=ExpertSizes(experts=4, chosen=2)), {"expert": 2, "fsdp": 4}),
 ]
 
 
 @pytest.mark.parametrize(
-    "architecture, sizes", LAID_OUT, ids=["data2-tensor4", "fsdp4", "stage2-tensor4", "fsdp2-tensor4-shared"]
+    "architecture, sizes",
+    LAID_OUT,
+    ids=["data2-tensor4", "fsdp4", "stage2-tensor4", "fsdp2-tensor4-shared", "expert2-fsdp4"],
 )
 def test_arrays_lie_as_declared(
     architecture: Architecture, sizes: dict[str, int], mesh_of: Callable[..., Mesh]

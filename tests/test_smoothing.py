@@ -13,7 +13,14 @@ from research.architecture import Architecture
 from research.axes import AxisRules
 from research.model.attention import Segments
 from research.model.folding import FloatModel, rotate
-from research.model.smoothing import BOUNDARIES, input_maxima, logical_maxima, smooth, smoothing_factors
+from research.model.smoothing import (
+    BOUNDARIES,
+    boundaries_of,
+    input_maxima,
+    logical_maxima,
+    smooth,
+    smoothing_factors,
+)
 
 ATTENTION_INPUT, OUT, DOWN = "layers/attention/q_dnh", "layers/attention/o_nhd", "layers/mlp/down_fd"
 
@@ -102,19 +109,19 @@ def test_after_smoothing_with_a_half_activations_and_weights_have_equal_maxima()
     np.testing.assert_allclose(x_lf, w_lf, rtol=1e-4)
 
 
-@pytest.mark.parametrize("source", folds.SOURCES, ids=str)
+@pytest.mark.parametrize("source", [*folds.SOURCES, folds.MIXTURE], ids=str)
 def test_logits_stay_what_they_were(source: Architecture | str) -> None:
     model = tiny.float_model(source)
     found = smoothed(model)
     assert found.architecture == model.architecture
     assert folds.relative(folds.logits(found), folds.logits(model)) < folds.NEUTRAL
-    for boundary in BOUNDARIES:
+    for boundary in boundaries_of(model.architecture):
         for path in (boundary.divided, *boundary.multiplied):
             assert folds.relative(found.read(path), model.read(path)) > 0.1, path  # something has happened
             assert found.read(path).dtype == np.float32
 
 
-@pytest.mark.parametrize("source", folds.SOURCES, ids=str)
+@pytest.mark.parametrize("source", [*folds.SOURCES, pytest.param(folds.MIXTURE, marks=pytest.mark.slow)], ids=str)
 def test_logits_stay_what_they_were_after_both(source: Architecture | str) -> None:
     model = tiny.float_model(source)
     found = smoothed(rotate(model, seed=0))

@@ -63,23 +63,7 @@ def single() -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def w8a8_bounds() -> np.ndarray:
-    """Three times what one ulp in the norms' scales changes in the relative loss on one device, by step.
-
-    An ulp flips the code of an activation now and then, and the runs part: the bound grows with the steps. Where the
-    nudge happens to flip nothing, float32 noise is allowed for, 1e-5.
-    """
-    reference = np.array(tiny.start(tiny.W8A8).advance(LONG))
-    deviation = np.zeros(LONG)
-    for direction in (0.0, 2.0):
-        nudged = {
-            path: np.nextafter(w, np.float32(direction)) if path.endswith("scale_d") else w
-            for path, w in tiny.foundation().items()
-        }
-        losses = np.array(tiny.start(tiny.W8A8, nudged).advance(LONG))
-        deviation = np.maximum(deviation, np.abs(losses / reference - 1))
-    bounds = np.maximum.accumulate(np.maximum(3 * deviation, 1e-5))
-    assert bounds[-1] < 2e-2  # the ceiling: beyond it the comparison would say nothing
-    return bounds
+    return tiny.w8a8_bounds(LONG)
 
 
 SLOW = ("data4", "context2-tensor4")

@@ -8,7 +8,7 @@ import numpy as np
 import tiny_models as tiny
 from jax.sharding import Mesh, NamedSharding
 
-from research.architecture import Architecture
+from research.architecture import Architecture, ExpertSizes
 from research.axes import AxisRules
 from research.config import Rule
 from research.model.attention import Segments
@@ -20,6 +20,9 @@ from research.model.transformer import causal, make_settings
 
 ROWS, LENGTH = 4, 6
 NEUTRAL = 1e-5  # the promise; float32 products of rounded weights, through two or three layers, are at about 1e-6
+MIXTURE = replace(
+    tiny.GQA_9_3, feed_forward=14, head_norms=True, experts=ExpertSizes(experts=4, chosen=2)
+)  # a Qwen3-MoE
 # every way in which heads are grouped and the head is tied; all widths but one have an odd factor
 SOURCES: list[Architecture | str] = [
     tiny.GQA_9_3,

@@ -123,6 +123,26 @@ def _state(setup: Setup, tx: Any, weights: dict[str, np.ndarray], mesh: Mesh) ->
     return calibrate_inputs(state, setup, [batch(100), batch(101)], quiet)
 
 
+def w8a8_bounds(steps: int, architecture: Architecture = ARCHITECTURE) -> np.ndarray:
+    """Return three times what one ulp in the norms' scales changes in the relative loss on one device, by step.
+
+    An ulp flips the code of an activation now and then, and the runs part: the bound grows with the steps. Where the
+    nudge happens to flip nothing, float32 noise is allowed for, 1e-5.
+    """
+    reference = np.array(start(W8A8, architecture=architecture).advance(steps))
+    deviation = np.zeros(steps)
+    for direction in (0.0, 2.0):
+        nudged = {
+            path: np.nextafter(w, np.float32(direction)) if "norm/" in path else w
+            for path, w in foundation(architecture=architecture).items()
+        }
+        losses = np.array(start(W8A8, nudged, architecture=architecture).advance(steps))
+        deviation = np.maximum(deviation, np.abs(losses / reference - 1))
+    bounds = np.maximum.accumulate(np.maximum(3 * deviation, 1e-5))
+    assert bounds[-1] < 2e-2  # the ceiling: beyond it the comparison would say nothing
+    return bounds
+
+
 @jax.jit
 def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)

@@ -22,7 +22,7 @@ import numpy as np
 from research.architecture import Architecture
 from research.errors import UserError
 from research.formats import native
-from research.formats.huggingface import NAMES, WEIGHTS, cast, stored_names
+from research.formats.huggingface import NAMES, WEIGHTS, cast
 from research.formats.huggingface_config import write_config
 from research.formats.model_source import leaf_shapes
 from research.formats.new_directory import new_directory
@@ -166,7 +166,7 @@ def _plan(
     for path, shape in shapes.items():
         stored = _matrix(path, shape)
         parts = _parts(stored, scheme, group, static) if path in groups else {"weight": TensorSpec("F32", stored)}
-        for layer, name in enumerate(stored_names(path, shape)):
+        for layer, name in enumerate(NAMES[path].tensors(shape)):
             module = name.removesuffix("weight")
             tensors |= {module + part: _Tensor(path, layer, part, spec) for part, spec in parts.items()}
     return {name: tensors[name] for name in by_alignment({name: tensor.spec for name, tensor in tensors.items()})}

@@ -1,16 +1,17 @@
-"""GGUF files of the architecture `llama` (llama.cpp, Ollama, LM Studio): read into our leaves, and written from them.
+"""GGUF files of Llama, Mixtral and Qwen3 (llama.cpp, Ollama, LM Studio): read into our leaves, written from them.
 
 One table of names serves both directions. GGUF stores a matrix as rows [out, in], a layer at a time, so a leaf here is
-a stack of transposed tensors. The rows of q and k stand in another order: llama.cpp rotates neighbours (2i, 2i+1) where
-we rotate halves (i, i + h/2), so the rows of each head are interleaved. A reader that forgets this computes plausible
-text from wrong weights. It is a permutation of rows, so it applies to codes and scales of a quantized matrix, too, and
-a matrix that is held as codes and scales becomes blocks (`gguf_blocks`) without being quantized again.
+a stack of transposed tensors; those of a layer's experts are one tensor. In the architecture `llama` the rows of q and
+k stand in another order: llama.cpp rotates neighbours (2i, 2i+1) there where we rotate halves (i, i + h/2), so the rows
+of each head are interleaved; in Qwen3's it rotates halves. A reader that forgets this computes plausible text from
+wrong weights. It is a permutation of rows, so it applies to codes and scales of a quantized matrix, too, and a matrix
+that is held as codes and scales becomes blocks (`gguf_blocks`) without being quantized again.
 """
 
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -22,7 +23,13 @@ from research.architecture import Architecture
 from research.errors import UserError, nearest
 from research.formats import gguf_blocks, native
 from research.formats.gguf_file import GgufFile, open_gguf
-from research.formats.gguf_metadata import ROPE_FACTORS, architecture_metadata, read_architecture, rope_factors
+from research.formats.gguf_metadata import (
+    ROPE_FACTORS,
+    architecture_metadata,
+    kind_of,
+    read_architecture,
+    rope_factors,
+)
 from research.formats.gguf_tokenizer import read_tokenizer, tokenizer_metadata
 from research.formats.model_source import ModelSource, check_shape, leaf_shapes
 from research.tokenizer import Tokenizer
@@ -37,6 +44,7 @@ TYPES = {
 }
 _EXACT = {np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 _TABLES = ("embed/table_vd", "head/table_vd")
+_ROUTER = "layers/mlp/router_de"  # never quantized, and float32 in every file, as llama.cpp has it
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,11 @@ class Leaf:
     path: str
     name: str
     inputs: int = 1
-    """Leading axes of the leaf (after `l`) that a product sums over; they become the columns. 0: stored as it is."""
+    """Axes of the leaf (after `l` and `e`) that a product sums over; they become the columns. 0: stored as it is."""
     rotary: bool = False
-    """Whether its rows are interleaved for llama.cpp's rotation."""
+    """Whether its rows are interleaved for llama.cpp's rotation, where it rotates neighbours."""
+    stacked: int = 0
+    """1: its first axis (after `l`) is experts, a matrix each."""
 
 
 LEAVES = (
@@ -58,32 +68,45 @@ LEAVES = (
     Leaf("layers/attention/k_dkh", "blk.{}.attn_k.weight", rotary=True),
     Leaf("layers/attention/v_dkh", "blk.{}.attn_v.weight"),
     Leaf("layers/attention/o_nhd", "blk.{}.attn_output.weight", inputs=2),
+    Leaf("layers/attention/q_norm/scale_h", "blk.{}.attn_q_norm.weight", inputs=0),
+    Leaf("layers/attention/k_norm/scale_h", "blk.{}.attn_k_norm.weight", inputs=0),
     Leaf("layers/mlp_norm/scale_d", "blk.{}.ffn_norm.weight", inputs=0),
     Leaf("layers/mlp/gate_df", "blk.{}.ffn_gate.weight"),
     Leaf("layers/mlp/up_df", "blk.{}.ffn_up.weight"),
     Leaf("layers/mlp/down_fd", "blk.{}.ffn_down.weight"),
+    Leaf(_ROUTER, "blk.{}.ffn_gate_inp.weight"),
+    Leaf("layers/mlp/gate_edf", "blk.{}.ffn_gate_exps.weight", stacked=1),
+    Leaf("layers/mlp/up_edf", "blk.{}.ffn_up_exps.weight", stacked=1),
+    Leaf("layers/mlp/down_efd", "blk.{}.ffn_down_exps.weight", stacked=1),
     Leaf("norm/scale_d", "output_norm.weight", inputs=0),
     Leaf("head/table_vd", "output.weight", inputs=0),
 )
-_BY_PATH = {leaf.path: leaf for leaf in LEAVES}
+
+
+def leaves_of(architecture: Architecture) -> dict[str, Leaf]:
+    """Return how llama.cpp stores the leaves of a decoder, by path; `UserError` for one that it has no place for."""
+    neighbours = kind_of(architecture) == "llama"
+    found = {leaf.path: replace(leaf, rotary=leaf.rotary and neighbours) for leaf in LEAVES}
+    return {path: found[path] for path in leaf_shapes(architecture)}
 
 
 def to_rows(leaf: Leaf, x: np.ndarray) -> np.ndarray:
-    """Return one layer's leaf [in..., out...] as the rows [out, in] that GGUF stores; any dtype."""
+    """Return one layer's leaf [(e,) in..., out...] as the rows [(e,) out, in] that GGUF stores; any dtype."""
     if not leaf.inputs:
         return x
-    x_io = x.reshape(prod(x.shape[: leaf.inputs]), -1)
+    outer, inner = x.shape[: leaf.stacked], x.shape[leaf.stacked :]
+    x_io = x.reshape(*outer, prod(inner[: leaf.inputs]), -1)
     if leaf.rotary:
         width, heads, head = x.shape
         x_io = x_io.reshape(width, heads, 2, head // 2).swapaxes(2, 3).reshape(width, heads * head)
-    return np.ascontiguousarray(x_io.T)
+    return np.ascontiguousarray(x_io.swapaxes(-2, -1))
 
 
 def from_rows(leaf: Leaf, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the rows [out, in] that GGUF stores as one layer's leaf of the logical `shape`; any dtype."""
+    """Return the rows [(e,) out, in] that GGUF stores as one layer's leaf of the logical `shape`; any dtype."""
     if not leaf.inputs:
         return rows.reshape(shape)
-    x_io = rows.T
+    x_io = rows.swapaxes(-2, -1)
     if leaf.rotary:
         width, heads, head = shape
         x_io = x_io.reshape(width, heads, head // 2, 2).swapaxes(2, 3).reshape(width, heads * head)
@@ -92,7 +115,10 @@ def from_rows(leaf: Leaf, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 
 def row_shape(leaf: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which GGUF stores one layer's leaf of the logical `shape`."""
-    return (prod(shape[leaf.inputs :]), prod(shape[: leaf.inputs])) if leaf.inputs else shape
+    if not leaf.inputs:
+        return shape
+    outer, inner = shape[: leaf.stacked], shape[leaf.stacked :]
+    return *outer, prod(inner[leaf.inputs :]), prod(inner[: leaf.inputs])
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,7 @@ class Written:
 
 
 def open_model(path: Path) -> ModelSource:
-    """Open a GGUF file of the architecture `llama`; its blocks are decoded to float32 when a leaf is read.
+    """Open a GGUF file of a decoder that ours computes; its blocks are decoded to float32 when a leaf is read.
 
     Raises:
         UserError: no whole GGUF file, another architecture, or something that our decoder would compute differently.
@@ -126,7 +152,7 @@ def open_model(path: Path) -> ModelSource:
         architecture=architecture,
         tokenizer=tokenizer,
         paths=tuple(shapes),
-        read=lambda leaf: _read_leaf(file, shapes, leaf),
+        read=lambda leaf: _read_leaf(file, leaves_of(architecture), shapes, leaf),
         description=f"GGUF file {path} ({', '.join(types)})",
     )
 
@@ -149,25 +175,24 @@ def write(
         read: path of a leaf → float array, or codes and scales, of the logical, stacked shape; asked more than once.
         paths: leaves to write: all that the architecture has.
         type: F32, F16 or BF16 for matrices and tables, whose codes are decoded; Q8_0 or Q4_0: the codes themselves. A
-            table of int8 codes is Q8_0 in a file of type Q4_0. Norms are F32, as llama.cpp wants them.
+            table of int8 codes is Q8_0 in a file of type Q4_0. Norms and routers are F32, as llama.cpp wants them.
         name: what the file calls the model; empty: the file's own name.
 
     Returns:
         How each leaf was written, by path.
 
     Raises:
-        UserError: an unknown type, a leaf that is missing or has no place, values beyond the range of F16, codes or
-            scales that don't fit the blocks, values that are not finite, or a tokenizer that GGUF has no keys for.
+        UserError: an unknown type, an architecture that llama.cpp doesn't have, a leaf that is missing or has no place,
+            values beyond the range of F16, codes or scales that don't fit the blocks, values that are not finite, or a
+            tokenizer that GGUF has no keys for.
     """
     if type not in TYPES:
         raise UserError(f"GGUF type {type!r} can't be written{nearest(type, TYPES)}")
-    if architecture.experts:
-        raise UserError("GGUF export: a mixture of experts can't be written; write safetensors or huggingface")
-    shapes = leaf_shapes(architecture)
+    shapes, leaves = leaf_shapes(architecture), leaves_of(architecture)
     if set(paths) != set(shapes):
         raise UserError(f"GGUF export: leaves {sorted(set(paths) ^ set(shapes))} are missing or have no place")
     path = Path(path)
-    types = {leaf: _stored_type(leaf, shape, read, type) for leaf, shape in shapes.items()}
+    types = {leaf: _stored_type(leaves[leaf], shape, read, type) for leaf, shape in shapes.items()}
     metadata = {
         "general.name": name or path.stem,
         "general.file_type": int(TYPES[type]),
@@ -188,17 +213,17 @@ def write(
 
 def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
     """Check that the file holds the decoder's tensors in their shapes, and none that we would have to ignore."""
-    expected = {}
+    expected, leaves = {}, leaves_of(architecture)
     for path, shape in shapes.items():
-        leaf, inner = _BY_PATH[path], _inner(path, shape)
-        expected |= {name: row_shape(leaf, inner) for name in _tensor_names(leaf, architecture)}
+        rows = row_shape(leaves[path], _inner(path, shape))
+        expected |= dict.fromkeys(_tensor_names(leaves[path], architecture), rows)
     for name, shape in expected.items():
         if name not in file.tensors:
             raise UserError(f"{file.path}: tensor {name} is missing")
         check_shape(str(file.path), name, file.tensors[name].shape, shape)
     extra = sorted(set(file.tensors) - set(expected) - {ROPE_FACTORS})
     if extra:
-        raise UserError(f"{file.path}: tensor {extra[0]} ({len(extra)} such) has no place in a plain llama decoder")
+        raise UserError(f"{file.path}: tensor {extra[0]} ({len(extra)} such) has no place in such a decoder")
 
 
 def _inner(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -211,11 +236,11 @@ def _tensor_names(leaf: Leaf, architecture: Architecture) -> list[str]:
     return [leaf.name.format(i) for i in range(architecture.layers)] if "{}" in leaf.name else [leaf.name]
 
 
-def _read_leaf(file: GgufFile, shapes: dict[str, tuple[int, ...]], path: str) -> np.ndarray:
+def _read_leaf(file: GgufFile, leaves: dict[str, Leaf], shapes: dict[str, tuple[int, ...]], path: str) -> np.ndarray:
     """Return a leaf, float32, in its logical and stacked shape."""
     if path not in shapes:
         raise UserError(f"{file.path} has no leaf {path!r}{nearest(path, shapes)}")
-    leaf, shape = _BY_PATH[path], shapes[path]
+    leaf, shape = leaves[path], shapes[path]
     if "{}" not in leaf.name:
         return from_rows(leaf, file.read(leaf.name), shape)
     stacked = np.empty(shape, np.float32)
@@ -232,12 +257,12 @@ def _write_file(
     types: dict[str, str],
 ) -> dict[str, Written]:
     """Write metadata, then the table of tensors, then leaf by leaf the tensors in the table's order."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, kind_of(architecture))
     for key, value in metadata.items():
         _add(writer, key, value)
-    shapes = leaf_shapes(architecture)
+    shapes, leaves = leaf_shapes(architecture), leaves_of(architecture)
     for leaf_path, shape in shapes.items():
-        leaf, inner = _BY_PATH[leaf_path], _inner(leaf_path, shape)
+        leaf, inner = leaves[leaf_path], _inner(leaf_path, shape)
         stored, rows = gguf.GGMLQuantizationType[types[leaf_path]], row_shape(leaf, inner)
         block, size = gguf.GGML_QUANT_SIZES[stored]
         for name in _tensor_names(leaf, architecture):
@@ -252,7 +277,7 @@ def _write_file(
         writer.write_ti_data_to_file()
         for leaf_path, shape in shapes.items():
             is_exact = True
-            for data, same in _tensors(leaf_path, shape, read, types[leaf_path]):
+            for data, same in _tensors(leaves[leaf_path], shape, read, types[leaf_path]):
                 writer.write_tensor_data(data)
                 is_exact &= same
                 del data
@@ -265,30 +290,33 @@ def _write_file(
 
 
 def _tensors(
-    path: str, shape: tuple[int, ...], read: native.ReadStored, type: str
+    leaf: Leaf, shape: tuple[int, ...], read: native.ReadStored, type: str
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Yield the data of a leaf's tensors, a layer at a time, and whether it holds each value exactly."""
+    path = leaf.path
     stored = read(path)
     if type in gguf_blocks.TYPES:
         assert not isinstance(stored, np.ndarray)
-        for blocks in _blocks_of(path, shape, stored):
+        for blocks in _blocks_of(leaf, shape, stored):
             yield blocks.pack(type), True
     else:
         x = native.decode(stored)
         check_shape("GGUF export", path, x.shape, shape)
         for layer in _layers(path, x):
-            yield _encode(path, to_rows(_BY_PATH[path], layer), gguf.GGMLQuantizationType[type])
+            yield _encode(path, to_rows(leaf, layer), gguf.GGMLQuantizationType[type])
 
 
-def _blocks_of(path: str, shape: tuple[int, ...], stored: native.StoredLeaf) -> Iterator[gguf_blocks.Blocks]:
-    """Yield the blocks of a leaf that has int8 codes, a layer at a time."""
+def _blocks_of(leaf: Leaf, shape: tuple[int, ...], stored: native.StoredLeaf) -> Iterator[gguf_blocks.Blocks]:
+    """Yield the blocks of a leaf that has int8 codes, a layer at a time, the rows of all experts below each other."""
     assert stored.scale is not None
+    path = leaf.path
     check_shape("GGUF export", path, stored.codes.shape, shape)
-    leaf, codes = _BY_PATH[path], _layers(path, stored.codes)
+    codes = _layers(path, stored.codes)
     parts = [_layers(path, part) for part in (stored.scale, stored.offset) if part is not None]
     for i, layer in enumerate(codes):
         spread = (native.spread(part[i * len(part) // len(codes)], layer.shape) for part in parts)
-        yield gguf_blocks.make_blocks(path, to_rows(leaf, layer), *(to_rows(leaf, part) for part in spread))
+        rows = (to_rows(leaf, x) for x in (layer, *spread))
+        yield gguf_blocks.make_blocks(path, *(x_oi.reshape(-1, x_oi.shape[-1]) for x_oi in rows))
 
 
 def _layers(path: str, x: np.ndarray) -> np.ndarray:
@@ -296,9 +324,10 @@ def _layers(path: str, x: np.ndarray) -> np.ndarray:
     return x if path.startswith("layers/") else x[None]
 
 
-def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, type: str) -> str:
+def _stored_type(leaf: Leaf, shape: tuple[int, ...], read: native.ReadStored, type: str) -> str:
     """Return the type of a leaf's tensors in a file of some type; `UserError` where that would quantize it anew."""
-    if len(_inner(path, shape)) == 1:
+    path = leaf.path
+    if len(_inner(path, shape)) == 1 or path == _ROUTER:
         return "F32"
     if type not in gguf_blocks.TYPES:
         return type
@@ -310,7 +339,7 @@ def _stored_type(path: str, shape: tuple[int, ...], read: native.ReadStored, typ
         raise UserError(
             f"{path} is {stored.format}, so that {type} would quantize it anew; type {exact} holds it exactly"
         )
-    for _ in _blocks_of(path, shape, stored):
+    for _ in _blocks_of(leaf, shape, stored):
         pass  # raises where they don't fit
     has_offset = stored.offset is not None
     if gguf_blocks.fits(stored.codes, has_offset, type):

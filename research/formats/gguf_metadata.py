@@ -1,5 +1,7 @@
 """The shape of a decoder inside a GGUF file: its metadata keys to an `Architecture`, and back.
 
+llama.cpp calls a Mixtral a `llama` with experts; Qwen3 and Qwen3-MoE have names of their own, which begin their keys.
+
 Llama-3's scaling of rotary frequencies has no keys in GGUF: the file holds what it comes to, a factor for each pair of
 dimensions by which the frequency is divided. Our own files state the parameters beside them; for others, those of the
 Llama-3 releases are tried. Either is taken only if it gives the factors that the file holds.
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from research.architecture import Architecture, RopeScaling
+from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.errors import UserError
 from research.formats.gguf_file import GgufFile
 
@@ -19,9 +21,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 # (low factor, high factor, original context) of every Llama-3 release; the stretch itself is the largest factor.
 _LLAMA3_SCALINGS = ((1.0, 4.0, 8192),)
 _OWN_SCALING = "research.rope_scaling."
+# (norms of heads, experts) → what GGUF calls such a decoder
+_KINDS = {(False, False): "llama", (False, True): "llama", (True, False): "qwen3", (True, True): "qwen3moe"}
 # Metadata that changes the arithmetic of an otherwise plain decoder: key → the values that don't.
 _NEUTRAL = {
-    "expert_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_gating_func": (0, 1),  # softmax
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0.0, 1.0),
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0.0, 1.0),
     "rope.scale_linear": (0.0, 1.0),
@@ -32,28 +40,39 @@ _NEUTRAL = {
 }
 
 
+def kind_of(architecture: Architecture) -> str:
+    """Return GGUF's name of a decoder; `UserError` for one that llama.cpp has no place for."""
+    a = architecture
+    if a.experts and not a.experts.normalized:
+        raise UserError("GGUF export: llama.cpp has no mixture whose shares don't sum to 1; write safetensors")
+    if a.head_norms and a.rope_scaling:
+        raise UserError("GGUF export: llama.cpp doesn't scale the rotary frequencies of a Qwen3; write huggingface")
+    return _KINDS[a.head_norms, a.experts is not None]
+
+
 def read_architecture(file: GgufFile) -> Architecture:
     """Return the decoder's shape.
 
     Raises:
-        UserError: another architecture than `llama`, a split file, a missing key, or a setting that our decoder lacks.
+        UserError: an architecture that ours is not, a split file, a missing key, or a setting that our decoder lacks.
     """
     where, metadata = str(file.path), file.metadata
-    kind = metadata.get("general.architecture")
-    if kind != "llama":
-        raise UserError(f"{where}: architecture {kind!r} is not supported; give a GGUF file of architecture 'llama'")
+    kind: Any = metadata.get("general.architecture")
+    if kind not in _KINDS.values():
+        known = ", ".join(sorted(set(_KINDS.values())))
+        raise UserError(f"{where}: architecture {kind!r} is not supported; give a GGUF file of one of {known}")
     if metadata.get("split.count", 1) > 1:
         raise UserError(f"{where} is one part of {metadata['split.count']}; merge them with llama-gguf-split --merge")
     for key, neutral in _NEUTRAL.items():
-        value = metadata.get(f"llama.{key}", neutral[0])
+        value = metadata.get(f"{kind}.{key}", neutral[0])
         if value not in neutral:
-            raise UserError(f"{where}: llama.{key}={value!r} is not supported; our decoder has {neutral[0]!r}")
+            raise UserError(f"{where}: {kind}.{key}={value!r} is not supported; our decoder has {neutral[0]!r}")
     table = file.tensors.get("token_embd.weight")
     if table is None:
         raise UserError(f"{where}: tensor token_embd.weight is missing")
     width, heads = _count(where, metadata, "embedding_length"), _count(where, metadata, "attention.head_count")
     head = _head_width(where, metadata, width, heads)
-    theta = _short(metadata.get("llama.rope.freq_base", 10_000.0))
+    theta = _short(metadata.get(f"{kind}.rope.freq_base", 10_000.0))
     return Architecture(
         vocabulary=table.shape[0],
         width=width,
@@ -61,18 +80,36 @@ def read_architecture(file: GgufFile) -> Architecture:
         query_heads=heads,
         kv_heads=_count(where, metadata, "attention.head_count_kv", heads),
         head_width=head,
-        feed_forward=_count(where, metadata, "feed_forward_length"),
+        feed_forward=_count(where, metadata, _feed_forward(kind)),
         context=_count(where, metadata, "context_length"),
         norm_epsilon=_short(_value(where, metadata, "attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
         rope_scaling=_read_scaling(file, theta, head),
         tied_head="output.weight" not in file.tensors,
+        head_norms=kind != "llama",
+        experts=_read_experts(where, metadata),
     )
+
+
+def _feed_forward(kind: str) -> str:
+    """Return the key of the size of a feed-forward layer, or of one expert."""
+    return "expert_feed_forward_length" if kind == "qwen3moe" else "feed_forward_length"
+
+
+def _read_experts(where: str, metadata: dict[str, Any]) -> ExpertSizes | None:
+    if not _value(where, metadata, "expert_count", 0):
+        return None
+    experts, chosen = (_count(where, metadata, f"expert_{key}") for key in ("count", "used_count"))
+    try:
+        return ExpertSizes(experts=experts, chosen=chosen)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def architecture_metadata(architecture: Architecture) -> dict[str, Any]:
     """Return the GGUF keys of a decoder's shape; integers are counts, floats are float32 in the file."""
-    a = architecture
+    a, kind = architecture, kind_of(architecture)
+    experts = {"expert_count": a.experts.experts, "expert_used_count": a.experts.chosen} if a.experts else {}
     keys = {
         "block_count": a.layers,
         "context_length": a.context,
@@ -86,9 +123,11 @@ def architecture_metadata(architecture: Architecture) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(a.norm_epsilon),
         "rope.dimension_count": a.head_width,
         "rope.freq_base": float(a.rope_theta),
+        **experts,
+        _feed_forward(kind): a.feed_forward,
     }
     own = {} if a.rope_scaling is None else asdict(a.rope_scaling)
-    return {f"llama.{key}": value for key, value in keys.items()} | {_OWN_SCALING + key: own[key] for key in own}
+    return {f"{kind}.{key}": value for key, value in keys.items()} | {_OWN_SCALING + key: own[key] for key in own}
 
 
 def rope_factors(architecture: Architecture) -> np.ndarray | None:
@@ -138,7 +177,8 @@ def _head_width(where: str, metadata: dict[str, Any], width: int, heads: int) ->
     for key in ("attention.value_length", "rope.dimension_count"):
         found = _count(where, metadata, key, head)
         if found != head:
-            raise UserError(f"{where}: llama.{key}={found} differs from the head width {head}, which is not supported")
+            name = _key(metadata, key)
+            raise UserError(f"{where}: {name}={found} differs from the head width {head}, which is not supported")
     return head
 
 
@@ -148,15 +188,19 @@ def _count(where: str, metadata: dict[str, Any], key: str, default: int | None =
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: llama.{key}={value!r}; one positive number for all layers is supported")
+        raise UserError(f"{where}: {_key(metadata, key)}={value!r}; one positive number for all layers is supported")
     return value
 
 
 def _value(where: str, metadata: dict[str, Any], key: str, default: Any = None) -> Any:
-    value = metadata.get(f"llama.{key}", default)
+    value = metadata.get(_key(metadata, key), default)
     if value is None:
-        raise UserError(f"{where}: llama.{key} is missing; the file is not a whole model")
+        raise UserError(f"{where}: {_key(metadata, key)} is missing; the file is not a whole model")
     return value
+
+
+def _key(metadata: dict[str, Any], key: str) -> str:
+    return f"{metadata['general.architecture']}.{key}"
 
 
 def _short(value: Any) -> float:

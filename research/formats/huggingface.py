@@ -1,8 +1,9 @@
-"""Hugging Face directories of a Llama or Mixtral: config.json, tokenizer and safetensors, in one file or in shards.
+"""Hugging Face directories: config.json, tokenizer and safetensors, in one file or in shards.
 
-One name map serves reading and writing. Hugging Face keeps a layer's projections as [out, in] matrices of its own; ours
-are [in..., out...] with heads and their width as two axes, stacked over the layers, and over the experts. Rotary
-embeddings pair the same dimensions in both (the first half of a head with its second half), so that no row moves.
+One name map serves reading and writing (`huggingface_kinds` has the names of experts, which differ). Hugging Face keeps
+a layer's projections as [out, in] matrices of its own; ours are [in..., out...] with heads and their width as two axes,
+stacked over the layers, and over the experts. Rotary embeddings pair the same dimensions in both (the first half of a
+head with its second half), so that no row moves.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,8 @@ import numpy as np
 
 from research.architecture import Architecture
 from research.errors import UserError, nearest
-from research.formats.huggingface_config import named_of, read_architecture, read_json, write_config
+from research.formats.huggingface_config import read_architecture, read_json, write_config
+from research.formats.huggingface_kinds import kind_of
 from research.formats.model_source import ModelSource, ReadLeaf, leaf_shapes
 from research.formats.new_directory import new_directory
 from research.formats.safetensors_file import DTYPES, TensorSpec, list_tensors, read_tensor, write_tensors
@@ -23,7 +25,7 @@ from research.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING, HEAD, ROUTER = "embed/table_vd", "head/table_vd", "layers/mlp/router_de"
+EMBEDDING, HEAD = "embed/table_vd", "head/table_vd"
 _FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ROWS_AT_ONCE = 8192
 # Buffers that old files hold and that follow from config.json; transformers ignores them as well.
@@ -42,6 +44,14 @@ class Name:
     def stacked(self) -> int:
         """Leading axes of our leaf that stack tensors."""
         return self.pattern.count("{}")
+
+    def tensors(self, shape: tuple[int, ...]) -> list[str]:
+        """Names of the tensors of our leaf of the stacked `shape`: one, or one a layer, or one a layer and expert."""
+        return [self.pattern.format(*index) for index in np.ndindex(shape[: self.stacked])]
+
+    def parts(self, leaf: np.ndarray) -> np.ndarray:
+        """Our leaf with what stacks its tensors as one leading axis, a view."""
+        return leaf.reshape(-1, *leaf.shape[self.stacked :])
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the stored tensor where one of our leaf has shape `ours`."""
@@ -69,11 +79,16 @@ NAMES: Mapping[str, Name] = {
     "layers/mlp/down_fd": Name("model.layers.{}.mlp.down_proj.weight", inputs=1),
     "norm/scale_d": Name("model.norm.weight"),
     HEAD: Name("lm_head.weight"),
-    ROUTER: Name("model.layers.{}.block_sparse_moe.gate.weight", inputs=1),
-    "layers/mlp/gate_edf": Name("model.layers.{}.block_sparse_moe.experts.{}.w1.weight", inputs=1),
-    "layers/mlp/up_edf": Name("model.layers.{}.block_sparse_moe.experts.{}.w3.weight", inputs=1),
-    "layers/mlp/down_efd": Name("model.layers.{}.block_sparse_moe.experts.{}.w2.weight", inputs=1),
+    "layers/attention/q_norm/scale_h": Name("model.layers.{}.self_attn.q_norm.weight"),
+    "layers/attention/k_norm/scale_h": Name("model.layers.{}.self_attn.k_norm.weight"),
 }
+
+
+def names_of(architecture: Architecture) -> Mapping[str, Name]:
+    """Return how transformers calls the leaves of a model, by path; `UserError` if none of its classes computes it."""
+    experts = kind_of(architecture).experts
+    of_experts = {} if experts is None else {path: Name(pattern, inputs=1) for path, pattern in experts.names.items()}
+    return {**NAMES, **of_experts}
 
 
 def open_model(directory: Path) -> ModelSource:
@@ -101,8 +116,8 @@ def open_model(directory: Path) -> ModelSource:
         architecture=architecture,
         tokenizer=tokenizer,
         paths=tuple(leaf_shapes(architecture)),
-        read=partial(_read_leaf, files, leaf_shapes(architecture)),
-        description=f"{named_of(architecture)} in {directory} ({', '.join(dtypes)})",
+        read=partial(_read_leaf, files, leaf_shapes(architecture), names_of(architecture)),
+        description=f"{kind_of(architecture).architecture} in {directory} ({', '.join(dtypes)})",
     )
 
 
@@ -137,11 +152,12 @@ def write(
     if set(paths) != set(shapes):
         raise ValueError(f"leaves {sorted(set(paths) ^ set(shapes))} are missing or not in the architecture")
     specs = {name: TensorSpec(_FLOATS[dtype], shape) for name, shape in _stored_shapes(architecture).items()}
+    names = names_of(architecture)
     rounded: set[str] = set()
     with new_directory(directory) as partial_directory:
         write_config(partial_directory, architecture, tokenizer, dtype)
         tokenizer.save(partial_directory)
-        tensors = _convert(shapes, read, DTYPES[_FLOATS[dtype]], rounded)
+        tensors = _convert(names, shapes, read, DTYPES[_FLOATS[dtype]], rounded)
         write_tensors(partial_directory / WEIGHTS, specs, tensors, {**(metadata or {}), "format": "pt"})
     return frozenset(rounded)
 
@@ -149,43 +165,38 @@ def write(
 def _stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor, leaf after leaf and, in a leaf, layer after layer."""
     shapes: dict[str, tuple[int, ...]] = {}
+    names = names_of(architecture)
     for path, shape in leaf_shapes(architecture).items():
-        one = NAMES[path].shape(shape[NAMES[path].stacked :])
-        shapes |= dict.fromkeys(stored_names(path, shape), one)
+        name = names[path]
+        shapes |= dict.fromkeys(name.tensors(shape), name.shape(shape[name.stacked :]))
     return shapes
 
 
-def stored_names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """Names of the tensors of a leaf of the stacked `shape`: one, or one a layer, or one a layer and expert."""
-    name = NAMES[path]
-    return [name.pattern.format(*index) for index in np.ndindex(shape[: name.stacked])]
-
-
-def _tensors(path: str, leaf: np.ndarray) -> np.ndarray:
-    """Return a leaf with what stacks its tensors as one leading axis."""
-    return leaf.reshape(-1, *leaf.shape[NAMES[path].stacked :])
-
-
-def _read_leaf(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], path: str) -> np.ndarray:
+def _read_leaf(
+    files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, Name], path: str
+) -> np.ndarray:
     """One leaf, float32, of its logical, stacked shape."""
-    shape = shapes[path]
-    leaf = np.empty(shape, np.float32)
-    for part, name in zip(_tensors(path, leaf), stored_names(path, shape), strict=True):
-        part[...] = NAMES[path].to_ours(read_tensor(files[name], name), part.shape)
+    name, leaf = names[path], np.empty(shapes[path], np.float32)
+    for part, stored in zip(name.parts(leaf), name.tensors(leaf.shape), strict=True):
+        part[...] = name.to_ours(read_tensor(files[stored], stored), part.shape)
     return leaf
 
 
 def _convert(
-    shapes: Mapping[str, tuple[int, ...]], read: ReadLeaf, dtype: np.dtype, rounded: set[str]
+    names: Mapping[str, Name],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: ReadLeaf,
+    dtype: np.dtype,
+    rounded: set[str],
 ) -> Iterator[np.ndarray]:
     """The tensors of `_stored_shapes`, in its order; one leaf in memory at a time. `rounded` gets the rounded ones."""
     for path, shape in shapes.items():
         leaf = read(path)
         if leaf.shape != shape:
             raise ValueError(f"{path} has shape {leaf.shape}, the architecture implies {shape}")
-        for part in _tensors(path, leaf):
-            tensor = cast(path, NAMES[path].from_ours(part), dtype)
-            if not np.array_equal(tensor.astype(np.float32), NAMES[path].from_ours(part)):
+        for part in names[path].parts(leaf):
+            tensor = cast(path, names[path].from_ours(part), dtype)
+            if not np.array_equal(tensor.astype(np.float32), names[path].from_ours(part)):
                 rounded.add(path)
             yield tensor
             del part, tensor
@@ -247,9 +258,8 @@ def _check_tensors(
         unexpected.remove(head)
     if unexpected:
         name = min(unexpected)
-        raise UserError(
-            f"{files[name]}: tensor {name} is not one of a {named_of(architecture)} (unexpected: {len(unexpected)})"
-        )
+        kind = kind_of(architecture).architecture
+        raise UserError(f"{files[name]}: tensor {name} is not one of a {kind} (unexpected: {len(unexpected)})")
 
 
 def _check_tied(files: Mapping[str, Path], specs: Mapping[str, TensorSpec], head: str, embedding: str) -> None:

@@ -1,4 +1,4 @@
-"""The config.json of a Hugging Face `LlamaForCausalLM` or `MixtralForCausalLM`: to our `Architecture` and back.
+"""The config.json of a Hugging Face directory: to our `Architecture` and back.
 
 Transformers 4 spells rotary embeddings as `rope_theta` and `rope_scaling`, transformers 5 as `rope_parameters`. Each
 ignores the other's spelling without a word and then computes other logits. So both are read, and must agree where both
@@ -11,20 +11,12 @@ from pathlib import Path
 
 from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.errors import UserError, nearest
+from research.formats.huggingface_kinds import KINDS, ExpertKeys, Kind, kind_of
 from research.tokenizer import Tokenizer
 
-LLAMA, MIXTRAL = "LlamaForCausalLM", "MixtralForCausalLM"
-_KINDS = {LLAMA: "llama", MIXTRAL: "mixtral"}  # architectures: model_type
-# Setting → the only value that our model computes, which is also what transformers assumes where it is not given.
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-}
-_DEFAULT_THETA = {LLAMA: 10_000.0, MIXTRAL: 1_000_000.0}
-_DEFAULT_EPSILON = {LLAMA: 1e-6, MIXTRAL: 1e-5}
+# As `Kind.fixed` and `Kind.assumed`, of all kinds.
+_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+_ASSUMED = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 _LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_frequency_factor",
@@ -55,11 +47,14 @@ def read_architecture(file: Path) -> Architecture:
     architecture, for quantized weights, and for anything that our model would compute differently.
     """
     config = read_json(file)
-    kind = _require_supported(file, config)
+    kind = _kind(file, config)
+    _require_supported(file, config, kind)
+    given = {key: value for key, value in config.items() if value is not None}
+    config = {**_ASSUMED, **kind.assumed, **given}
     width, heads = (_integer(file, config, key) for key in ("hidden_size", "num_attention_heads"))
     if config.get("head_dim") is None and width % heads:
         raise UserError(f"{file}: hidden_size={width} does not divide by num_attention_heads={heads}; give head_dim")
-    theta, scaling = _read_rope(file, config, _DEFAULT_THETA[kind])
+    theta, scaling = _read_rope(file, config, kind.theta)
     try:
         return Architecture(
             vocabulary=_integer(file, config, "vocab_size"),
@@ -68,13 +63,14 @@ def read_architecture(file: Path) -> Architecture:
             query_heads=heads,
             kv_heads=_integer(file, config, "num_key_value_heads", heads),
             head_width=_integer(file, config, "head_dim", width // heads),
-            feed_forward=_integer(file, config, "intermediate_size"),
-            context=_integer(file, config, "max_position_embeddings", 2048),
-            norm_epsilon=_number(file, config, "rms_norm_eps", _DEFAULT_EPSILON[kind]),
+            feed_forward=_integer(file, config, kind.experts.feed_forward if kind.experts else "intermediate_size"),
+            context=_integer(file, config, "max_position_embeddings"),
+            norm_epsilon=_number(file, config, "rms_norm_eps"),
             rope_theta=theta,
             rope_scaling=scaling,
             tied_head=_flag(file, config, "tie_word_embeddings", False),
-            experts=_experts(file, config) if kind == MIXTRAL else None,
+            head_norms=kind.head_norms,
+            experts=_experts(file, config, kind.experts) if kind.experts else None,
         )
     except UserError as error:
         place = str(file)
@@ -92,7 +88,7 @@ def write_config(
 
     `quantization`: how the weights are stored where they are no floats, the object `quantization_config`.
     """
-    a = architecture
+    a, kind = architecture, kind_of(architecture)
     rope: dict[str, object] = {"rope_type": "default"}
     if a.rope_scaling:
         theirs = {key: getattr(a.rope_scaling, ours) for key, ours in _LLAMA3.items()}
@@ -100,8 +96,8 @@ def write_config(
     ends = tokenizer.end_ids
     tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None}
     config = {
-        "architectures": [named_of(a)],
-        "model_type": _KINDS[named_of(a)],
+        "architectures": [kind.architecture],
+        "model_type": kind.model_type,
         "vocab_size": a.vocabulary,
         "hidden_size": a.width,
         "num_hidden_layers": a.layers,
@@ -116,9 +112,8 @@ def write_config(
         "rope_scaling": rope if a.rope_scaling else None,
         "rope_parameters": {**rope, "rope_theta": a.rope_theta},
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        **({"num_local_experts": a.experts.experts, "num_experts_per_tok": a.experts.chosen} if a.experts else {}),
+        **kind.fixed,
+        **_expert_settings(a, kind.experts),
         "dtype": dtype,
         "torch_dtype": dtype,
         **tokens,
@@ -128,35 +123,46 @@ def write_config(
     (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
 
 
-def named_of(architecture: Architecture) -> str:
-    """Return the class of transformers that computes an architecture.
-
-    Raises `UserError` for a mixture of experts that Mixtral is not.
-    """
-    if architecture.experts and not architecture.experts.normalized:
-        raise UserError("a mixture whose shares don't sum to 1 can't be written for transformers; write safetensors")
-    return MIXTRAL if architecture.experts else LLAMA
-
-
-def _experts(file: Path, config: Mapping) -> ExpertSizes:
-    experts = _integer(file, config, "num_local_experts", 8)
-    return ExpertSizes(experts=experts, chosen=_integer(file, config, "num_experts_per_tok", 2))
+def _expert_settings(architecture: Architecture, keys: ExpertKeys | None) -> dict[str, object]:
+    sizes = architecture.experts
+    if sizes is None or keys is None:
+        return {}
+    settings: dict[str, object] = {
+        keys.count: sizes.experts,
+        keys.chosen: sizes.chosen,
+        keys.feed_forward: architecture.feed_forward,
+    }
+    return settings | ({} if keys.normalized is None else {keys.normalized: sizes.normalized})
 
 
-def _require_supported(file: Path, config: Mapping) -> str:
-    """Return which of our architectures it is."""
-    by_type = {model_type: kind for kind, model_type in _KINDS.items()}
+def _experts(file: Path, config: Mapping, keys: ExpertKeys) -> ExpertSizes:
+    return ExpertSizes(
+        experts=_integer(file, config, keys.also if keys.also in config else keys.count),
+        chosen=_integer(file, config, keys.chosen),
+        normalized=keys.normalized is None or _flag(file, config, keys.normalized, False),
+    )
+
+
+def _kind(file: Path, config: Mapping) -> Kind:
+    """Return the kind of the model; `UserError` for one that ours doesn't compute."""
+    by_type = {kind.model_type: kind.architecture for kind in KINDS}
     named = config.get("architectures") or [by_type.get(str(config.get("model_type")))]
-    if named not in ([LLAMA], [MIXTRAL]):
-        raise UserError(f"{file}: architectures={named} is not supported; use a checkpoint of a {LLAMA} or {MIXTRAL}")
+    for kind in KINDS:
+        if named == [kind.architecture]:
+            return kind
+    known = ", ".join(kind.architecture for kind in KINDS)
+    raise UserError(f"{file}: architectures={named} is not supported; use a checkpoint of one of {known}")
+
+
+def _require_supported(file: Path, config: Mapping, kind: Kind) -> None:
+    """Raise `UserError` for weights that are quantized, and for what our model would compute differently."""
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise UserError(f"{file}: quantization_config says {method!r}; use the checkpoint that is not quantized")
-    for key, expected in _FIXED.items():
+    for key, expected in {**_FIXED, **kind.fixed}.items():
         value = config.get(key)
         if value is not None and value != expected:
             raise UserError(f"{file}: {key}={value!r} is not supported; use a checkpoint with {key}={expected!r}")
-    return str(named[0])
 
 
 def _read_rope(file: Path, config: Mapping, default_theta: float) -> Rope:

@@ -44,6 +44,8 @@ def leaf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp/up_df": (a.width, a.feed_forward),
         "mlp/down_fd": (a.feed_forward, a.width),
     }
+    if a.head_norms:
+        per_layer |= {"attention/q_norm/scale_h": (a.head_width,), "attention/k_norm/scale_h": (a.head_width,)}
     if a.experts:
         e = a.experts.experts
         per_layer = {name: shape for name, shape in per_layer.items() if not name.startswith("mlp/")} | {

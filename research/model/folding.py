@@ -35,6 +35,9 @@ _BEHIND_NORMS = {
     "layers/attention/v_dkh": ("layers/attention_norm/scale_d", "ld", "ldkh"),
     "layers/mlp/gate_df": ("layers/mlp_norm/scale_d", "ld", "ldf"),
     "layers/mlp/up_df": ("layers/mlp_norm/scale_d", "ld", "ldf"),
+    "layers/mlp/router_de": ("layers/mlp_norm/scale_d", "ld", "lde"),
+    "layers/mlp/gate_edf": ("layers/mlp_norm/scale_d", "ld", "ledf"),
+    "layers/mlp/up_edf": ("layers/mlp_norm/scale_d", "ld", "ledf"),
     "head/table_vd": ("norm/scale_d", "d", "vd"),
 }
 # path: axes of what reads the residual stream, or writes to it
@@ -42,6 +45,7 @@ _ON_RESIDUAL = {path: axes for path, (_, _, axes) in _BEHIND_NORMS.items()} | {
     "embed/table_vd": "vd",
     "layers/attention/o_nhd": "lnhd",
     "layers/mlp/down_fd": "lfd",
+    "layers/mlp/down_efd": "lefd",
 }
 _NORMS = frozenset(norm for norm, _, _ in _BEHIND_NORMS.values())
 HEAD, EMBED, FINAL_NORM = "head/table_vd", "embed/table_vd", "norm/scale_d"
@@ -53,6 +57,7 @@ def rotate(model: FloatModel, seed: int) -> FloatModel:
     The scales of the norms are folded into the products behind them, and are ones then. Where the head is tied to the
     embedding that can't be done with the final norm: if its scale is one number for all channels it keeps it, and the
     head stays tied; if not, the head becomes a table of its own, and the returned architecture says `tied_head=False`.
+    Norms of heads stay as they are: they stand behind the projections, on queries and keys, which are not rotated.
     """
     a = model.architecture
     tied = a.tied_head and bool(np.ptp(model.read(FINAL_NORM)) == 0)

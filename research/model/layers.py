@@ -142,11 +142,28 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """Return the normed [b, t, d] in the dtype of `x_btd`."""
-        x32_btd = x_btd.astype(jnp.float32)
-        mean_bt1 = jnp.mean(jnp.square(x32_btd), axis=-1, keepdims=True)
-        normed_btd = x32_btd * jax.lax.rsqrt(mean_bt1 + jnp.float32(self.epsilon))
-        scale_d = whole(dense(weight(self.scale_d)).astype(jnp.float32))
-        return (normed_btd * scale_d[None, None, :]).astype(x_btd.dtype)
+        return normed(x_btd, weight(self.scale_d), self.epsilon)
+
+
+class HeadNorm(nnx.Module):
+    """The same norm over `h`, of each head alone; all heads share the scale (Yang et al. 2025, Qwen3)."""
+
+    def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
+        self.epsilon = settings.architecture.norm_epsilon
+        self.scale_h = settings.param(f"{path}/scale_h", rngs)
+
+    def __call__(self, x_btnh: jax.Array) -> jax.Array:
+        """Return the normed [b, t, n, h] in the dtype of `x_btnh`; heads of zeros, which padding is, stay zero."""
+        return normed(x_btnh, weight(self.scale_h), self.epsilon)
+
+
+def normed(x: jax.Array, scale: Weight, epsilon: float) -> jax.Array:
+    """Return `x` over its root mean square along the last axis, times the vector `scale`; the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    scale32 = whole(dense(scale).astype(jnp.float32))
+    unit = x32 * jax.lax.rsqrt(mean + jnp.float32(epsilon))
+    return (unit * jnp.expand_dims(scale32, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -188,7 +205,7 @@ def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Ar
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embeddings (Ainslie et al. 2023; Su et al. 2021)."""
+    """Grouped-query attention with rotary embeddings (Ainslie et al. 2023; Su et al. 2021), heads normed or not."""
 
     def __init__(self, settings: Settings, path: str, rngs: nnx.Rngs):
         self.settings, self.path = settings, path
@@ -196,6 +213,9 @@ class Attention(nnx.Module):
         self.k_dkh = settings.param(f"{path}/k_dkh", rngs)
         self.v_dkh = settings.param(f"{path}/v_dkh", rngs)
         self.o_nhd = settings.param(f"{path}/o_nhd", rngs)
+        if settings.architecture.head_norms:
+            self.q_norm = HeadNorm(settings, f"{path}/q_norm", rngs)
+            self.k_norm = HeadNorm(settings, f"{path}/k_norm", rngs)
 
     def __call__(
         self, x_btd: jax.Array, rotation: "Rotation", sight: Sight, cache: Cache | None, slot: "Slot"
@@ -203,8 +223,11 @@ class Attention(nnx.Module):
         """Return the attention output [b, t, d] and the cache with this call's keys and values written at `slot`."""
         product = self.settings.product
         shared = self.settings.share(tuple(f"{self.path}/{name}" for name in ("q_dnh", "k_dkh", "v_dkh")), x_btd)
-        q_btnh = rotate(product(f"{self.path}/q_dnh", "btd,dnh->btnh", shared, self.q_dnh), rotation)
-        k_bskh = rotate(product(f"{self.path}/k_dkh", "btd,dkh->btkh", shared, self.k_dkh), rotation)
+        q_btnh = product(f"{self.path}/q_dnh", "btd,dnh->btnh", shared, self.q_dnh)
+        k_bskh = product(f"{self.path}/k_dkh", "btd,dkh->btkh", shared, self.k_dkh)
+        if self.settings.architecture.head_norms:
+            q_btnh, k_bskh = self.q_norm(q_btnh), self.k_norm(k_bskh)
+        q_btnh, k_bskh = rotate(q_btnh, rotation), rotate(k_bskh, rotation)
         v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", shared, self.v_dkh)
         k_bskh, v_bskh, grid = self._repeat(k_bskh), self._repeat(v_bskh), self.settings.kv_grid
         if cache is None:

@@ -22,9 +22,11 @@ class _Watched(Settings):
 
     see: Callable[[str, jax.Array], None] = lambda path, x: None
 
-    def product(self, path: str, subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+    def product(
+        self, path: str, subscripts: str, x: jax.Array, param: nnx.Param, dtype: str | None = None
+    ) -> jax.Array:
         self.see(path, x)
-        return super().product(path, subscripts, x, param)
+        return super().product(path, subscripts, x, param, dtype)
 
 
 def observe(

@@ -38,11 +38,13 @@ class Parameter:
     @property
     def leaf(self) -> Leaf:
         """What the quantization policy needs to know."""
-        is_router = self.axes == TABLE_OF_EXPERTS[ROUTER][0]
+        is_router = self.axes == TABLE[ROUTER][0]
         return Leaf(self.axes, self.contract, self.padding.logical, self.latent_shards, self.padding, is_router)
 
 
-# path: (axes, contracted axes)
+ROUTER = "layers/mlp/router_de"
+HEAD = "head/table_vd"
+# path: (axes, contracted axes); which of them a model has: `table_of`
 TABLE = {
     "embed/table_vd": ("vd", "d"),
     "layers/attention_norm/scale_d": ("ld", ""),
@@ -50,26 +52,30 @@ TABLE = {
     "layers/attention/k_dkh": ("ldkh", "d"),
     "layers/attention/v_dkh": ("ldkh", "d"),
     "layers/attention/o_nhd": ("lnhd", "nh"),
+    "layers/attention/q_norm/scale_h": ("lh", ""),
+    "layers/attention/k_norm/scale_h": ("lh", ""),
     "layers/mlp_norm/scale_d": ("ld", ""),
     "layers/mlp/gate_df": ("ldf", "d"),
     "layers/mlp/up_df": ("ldf", "d"),
     "layers/mlp/down_fd": ("lfd", "f"),
-    "norm/scale_d": ("d", ""),
-    "head/table_vd": ("vd", "d"),
-}
-ROUTER = "layers/mlp/router_de"
-TABLE_OF_EXPERTS = {path: axes for path, axes in TABLE.items() if not path.startswith("layers/mlp/")} | {
     ROUTER: ("lde", "d"),
     "layers/mlp/gate_edf": ("ledf", "d"),
     "layers/mlp/up_edf": ("ledf", "d"),
     "layers/mlp/down_efd": ("lefd", "f"),
+    "norm/scale_d": ("d", ""),
+    HEAD: ("vd", "d"),
 }
 
 
 def table_of(architecture: Architecture) -> Mapping[str, tuple[str, str]]:
     """Return axes and contracted axes of each parameter of a model, by path."""
-    table = TABLE_OF_EXPERTS if architecture.experts else TABLE
-    return {path: axes for path, axes in table.items() if path != "head/table_vd" or not architecture.tied_head}
+
+    def has(path: str, axes: str) -> bool:
+        if path.startswith("layers/mlp/"):
+            return ("e" in axes) == (architecture.experts is not None)
+        return architecture.head_norms if axes == "lh" else path != HEAD or not architecture.tied_head
+
+    return {path: (axes, contract) for path, (axes, contract) in TABLE.items() if has(path, axes)}
 
 
 @dataclass(frozen=True)

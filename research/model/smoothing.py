@@ -3,7 +3,7 @@
 Channel j of a product's input is divided by f_j = max|X_j|^α / max|W_j|^(1-α), its rows of the weight are multiplied by
 it. The division is folded into what makes the channel: the norm before q, k, v and before gate, up; v before o; up
 before down. So the smoothed model is an ordinary one of the same function. max|X_j| comes from a calibration: a forward
-of the float model on a few texts.
+of the float model on a few texts. Norms of heads don't matter: channels of queries and keys are left as they are.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from research.model.attention import Segments
 from research.model.folding import FloatModel
 from research.model.layers import Settings
 from research.model.observing import observe
-from research.model.parameters import TABLE, Parameter
+from research.model.parameters import ROUTER, TABLE, Parameter
 from research.padding import Padding
 
 LARGEST_FACTOR = 1e5  # and its inverse the smallest: scales of int8 weights must stay float16 numbers
@@ -37,16 +37,30 @@ class Boundary:
     """Paths of the weights that read them; all have the same input."""
 
 
-BOUNDARIES = (
+_ATTENTION = (
     Boundary(
         "ld",
         "layers/attention_norm/scale_d",
         ("layers/attention/q_dnh", "layers/attention/k_dkh", "layers/attention/v_dkh"),
     ),
     Boundary("lkh", "layers/attention/v_dkh", ("layers/attention/o_nhd",)),
+)
+BOUNDARIES = (
+    *_ATTENTION,
     Boundary("ld", "layers/mlp_norm/scale_d", ("layers/mlp/gate_df", "layers/mlp/up_df")),
     Boundary("lf", "layers/mlp/up_df", ("layers/mlp/down_fd",)),
 )
+# The router reads what the experts do, and of all tokens. What goes into an expert's down projection stays as it is: in
+# a calibration too few tokens come to an expert to tell.
+BOUNDARIES_OF_EXPERTS = (
+    *_ATTENTION,
+    Boundary("ld", "layers/mlp_norm/scale_d", (ROUTER, "layers/mlp/gate_edf", "layers/mlp/up_edf")),
+)
+
+
+def boundaries_of(architecture: Architecture) -> tuple[Boundary, ...]:
+    """Return where the channels of a model are rescaled."""
+    return BOUNDARIES_OF_EXPERTS if architecture.experts else BOUNDARIES
 
 
 def smooth(model: FloatModel, maxima: Mapping[str, np.ndarray], alpha: float) -> FloatModel:
@@ -55,7 +69,8 @@ def smooth(model: FloatModel, maxima: Mapping[str, np.ndarray], alpha: float) ->
     `maxima`: largest magnitude of each input channel of the products in the layers, see `logical_maxima`. `alpha`:
     share of the difficulty that moves from activations to weights, 0 to 1. Float64 inside, leaves are float32.
     """
-    factors = {boundary: smoothing_factors(boundary, model, maxima, alpha) for boundary in BOUNDARIES}
+    boundaries = boundaries_of(model.architecture)
+    factors = {boundary: smoothing_factors(boundary, model, maxima, alpha) for boundary in boundaries}
 
     def read(path: str) -> np.ndarray:
         logical = model.read(path)

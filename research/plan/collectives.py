@@ -33,6 +33,8 @@ HLO_NAMES = {
     "float8_e4m3fn": "f8e4m3fn",
     "float8_e5m2": "f8e5m2",
 }
+_HEADS = {"layers/attention/q_norm/scale_h": "btn", "layers/attention/k_norm/scale_h": "btk"}
+"""Norms of heads: axes of what they norm, but for h."""
 LOSS_REDUCTIONS = 5  # maximum, sum of exponentials and the target's logit; the backward pass does the first two anew
 
 
@@ -182,13 +184,15 @@ def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collectiv
 def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """Norms: a float32 vector each, gathered in all passes, its gradient summed; and the last one's outcome."""
     rules, again = layout.rules, job.experiment.train.rematerialize != "none"
-    gathered, width = layout.moved("d", rules.params, rules.activations), layout.sizes["d"]
-    for parameter in step.setup.table.values():
+    for path, parameter in step.setup.table.items():
         if not parameter.contract:
+            letter = parameter.axes[-1]  # d, or h where it is that of heads: their gradient is summed over heads, too
+            summed, table = ("bt", rules.residuals) if letter == "d" else (_HEADS[path], rules.activations)
+            gathered, width = layout.moved(letter, rules.params, rules.activations), layout.sizes[letter]
             times = layout.sizes["l"] if "l" in parameter.axes else 1
             yield _one("all-gather", gathered, "float32", width, (3 if again and "l" in parameter.axes else 2) * times)
-            for letter in "bt":
-                yield _one("all-reduce", layout.split(letter, rules.residuals), "float32", width, times)
+            for over in summed:
+                yield _one("all-reduce", layout.split(over, table), "float32", width, times)
     yield _whole_stream(job, layout)
 
 

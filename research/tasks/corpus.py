@@ -10,6 +10,7 @@ import numpy as np
 from research.comparison import CorpusConfig
 from research.errors import UserError, nearest
 from research.packages import PackageFile, fetch_package
+from research.stores import local_path
 from research.tasks.task import normalise, split_by_hash
 from research.tokenizer import Tokenizer
 
@@ -97,8 +98,7 @@ def _multi_lexsum(config: CorpusConfig, cache: Path | None, report: Report) -> l
 
 
 def _own_text(config: CorpusConfig, cache: Path | None, report: Report) -> list[str]:
-    del cache, report
-    path = Path(config.path).expanduser()
+    path = local_path(config.path, cache, report)
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
         if not files:

@@ -8,10 +8,11 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from research.config import TaskConfig
 from research.errors import UserError, nearest
+from research.stores import local_path
 from research.tasks.task import PLACEHOLDER, Example, Task, make_task
 
 # A line of the file and the row that starts there.
@@ -24,8 +25,7 @@ def load(config: TaskConfig, cache: Path | None, report: Callable[[str], None]) 
     Raises:
         UserError: the file can't be read, a row can't be used, or there is only one label.
     """
-    del cache, report
-    path = _checked_path(config)
+    path = _checked_path(config, cache, report)
     read = {".jsonl": _jsonl_rows, ".csv": _csv_rows}[path.suffix.lower()]
     rows = [_example(row, line, path, config) for line, row in read(path, config)]
     labels = tuple(sorted({row.label for row in rows}))
@@ -39,13 +39,14 @@ def load(config: TaskConfig, cache: Path | None, report: Callable[[str], None]) 
     return make_task(f"own_data:{path.name}", labels, rows, prompt, f"the user's file {path.name}", config)
 
 
-def _checked_path(config: TaskConfig) -> Path:
-    """Return the path, of a kind that is known, to a file that is there."""
-    path = Path(config.path).expanduser()
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise UserError(f"task.path={config.path!r}: give a .jsonl or .csv file, this ends in {path.suffix!r}")
+def _checked_path(config: TaskConfig, cache: Path | None, report: Callable[[str], None]) -> Path:
+    """Return the path, of a kind that is known, to a file that is there; fetched, where the config gives a URL."""
+    if PurePosixPath(config.path).suffix.lower() not in (".jsonl", ".csv"):
+        suffix = PurePosixPath(config.path).suffix
+        raise UserError(f"task.path={config.path!r}: give a .jsonl or .csv file, this ends in {suffix!r}")
     if config.text_column == config.label_column:
         raise UserError(f"task.text_column and task.label_column are both {config.text_column!r}; name two columns")
+    path = local_path(config.path, cache, report)
     if not path.is_file():
         near = nearest(path.name, (other.name for other in path.parent.glob("*") if other.is_file()))
         raise UserError(f"task.path={config.path!r}: there is no such file{near if path.parent.is_dir() else ''}")

@@ -86,14 +86,22 @@ class Checkpointer:
       directory: made if missing; one sub-directory per step.
       keep: newest checkpoints kept, at least 1. The one with the lowest score is kept besides.
       report: called with a line per event, disk use among them; from the background thread, too.
+      saved: called after each checkpoint, on the background thread of the first process; the next save waits for it.
     """
 
-    def __init__(self, directory: Path, keep: int, report: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        report: Callable[[str], None] = print,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
         if keep < 1:
             raise UserError(f"checkpoint.keep={keep}: give 1 or more")
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._report = report
+        self._saved = saved
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         first_alone(partial(self._on_disk, self._clean))
@@ -199,6 +207,7 @@ class Checkpointer:
                 manifest = _commit(pending)
                 removed = _prune(self.directory, manifest.step, self._keep)
                 self._report(self._summary(manifest, time.monotonic() - pending.started, removed))
+                self._saved()
         except Exception as error:
             if jax.process_index() == 0:
                 _remove_unfinished(pending.path)

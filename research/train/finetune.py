@@ -37,7 +37,7 @@ from research.report import (
     say,
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
-from research.run_folder import RunFolder, read_config, read_metrics
+from research.run_folder import CONFIG, RunFolder, read_config, read_metrics
 from research.setup import Setup, batch_ways, make_setup, require_batch_fits, setup_of, whole_rows
 from research.tasks.batches import ScoringBatch, label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
@@ -50,6 +50,7 @@ from research.train.fold import rotate_foundation, smooth_foundation, spread
 from research.train.loop import Trained, train
 from research.train.manifest import step_path
 from research.train.open_run import open_checkpoint
+from research.train.run_copy import RunCopy
 from research.train.state import (
     checkpoint_items,
     checkpoint_metadata,
@@ -136,14 +137,17 @@ def finetune(
 
     Raises `UserError` for what the user can mend, `Stopped` after SIGTERM or Ctrl-C.
     """
-    folder = _open_folder(experiment, resume)
+    folder, copy = _open_folder(experiment, resume), _copy_of(experiment)
     with folder, jax.set_mesh(make_mesh(experiment.mesh)):
         job = prepare(experiment, console)
         describe_setup(job.setup, console, table=False)
-        trained = _train(job, folder, resume)
+        trained = _train(job, folder, copy, resume)
         scores = {"foundation": _score_foundation(job), **_score_trained(job, folder, trained.state)}
         if jax.process_index() == 0:
             _conclude(job, folder, trained, scores, started)
+            if copy is not None:
+                copy.update()
+                say(console, "Copied", copy.url)
     print_commands(
         console,
         next_commands(
@@ -163,12 +167,30 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     show_dry_run(experiment, job.setup, job.mesh, console)
 
 
+def _path_of(experiment: Experiment) -> Path:
+    return Path("runs") / experiment.run
+
+
+def _copy_of(experiment: Experiment) -> RunCopy | None:
+    """Return the copy of the run in an object store, None where the experiment asks for none."""
+    folder = experiment.checkpoint.copy_to
+    return RunCopy(_path_of(experiment), f"{folder.rstrip('/')}/{experiment.run}") if folder else None
+
+
 def _open_folder(experiment: Experiment, resume: bool) -> RunFolder:
-    path = Path("runs") / experiment.run
+    path, copy = _path_of(experiment), _copy_of(experiment)
 
     def open_to_write() -> RunFolder:
+        if copy is not None and not resume and copy.exists():
+            raise UserError(
+                f"{copy.url} already holds a run: continue it with --resume, or name another with --config.run=NAME"
+            )
         if not resume:
             return RunFolder.create(path, to_json(experiment))
+        if copy is not None and (path / CONFIG).exists():
+            copy.require_no_newer()
+        elif copy is not None:
+            copy.fetch()
         require_resumable(from_json(read_config(path), str(path / "config.json")), experiment)
         return RunFolder.resume(path)
 
@@ -199,7 +221,7 @@ def _teacher(job: Job) -> Teacher | None:
     return Teacher(setup.graph, weights, share)
 
 
-def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
+def _train(job: Job, folder: RunFolder, copy: RunCopy | None, resume: bool) -> Trained:
     experiment, setup = job.experiment, job.setup
     tx = make_optimizer(experiment.optimizer, experiment.train, setup.policy, setup.table)
     state = _restored(job, folder, tx) if resume else None
@@ -217,8 +239,9 @@ def _train(job: Job, folder: RunFolder, resume: bool) -> Trained:
     def say_as(title: str) -> Callable[[str], None]:
         return lambda line: say(job.console, title, line)
 
+    saved = (lambda: None) if copy is None else partial(copy.try_to_update, say_as("Copy"))
     with (
-        Checkpointer(folder.checkpoints, experiment.checkpoint.keep, report=say_as("Saved")) as checkpointer,
+        Checkpointer(folder.checkpoints, experiment.checkpoint.keep, say_as("Saved"), saved) as checkpointer,
         folder.metrics(int(state.step), tensorboard=experiment.logging.tensorboard, report=say_as("Resume")) as log,
     ):
         trained = train(

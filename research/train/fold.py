@@ -18,7 +18,7 @@ from research.formats.model_source import leaf_shapes
 from research.foundation import Foundation
 from research.model.folding import HEAD, FloatModel, rotate
 from research.model.placement import place_float
-from research.model.smoothing import BOUNDARIES, input_maxima, logical_maxima, smooth, smoothing_factors
+from research.model.smoothing import boundaries_of, input_maxima, logical_maxima, smooth, smoothing_factors
 from research.setup import make_setup, put_batch, segments_of
 from research.tasks.batches import ScoringBatch, without_empty_rows
 
@@ -60,13 +60,14 @@ def smooth_foundation(
     maxima = calibrate_maxima(foundation, train, calibration, mesh)
     extremes = [
         factor
-        for boundary in BOUNDARIES
+        for boundary in boundaries_of(model.architecture)
         for factor in _range(smoothing_factors(boundary, model, maxima, config.smooth))
     ]
     count = sum(int((part.example_b >= 0).sum()) for part in calibration)
     report(
         f"smoothed with fold.smooth={config.smooth:g} after {count} training examples; factors {min(extremes):.2g} to "
         f"{max(extremes):.2g}"
+        + ("; inputs of the experts' down projections stay as they are" if model.architecture.experts else "")
     )
     return replace(foundation, read=smooth(model, maxima, config.smooth).read)
 

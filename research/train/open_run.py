@@ -21,11 +21,12 @@ from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import path_of
 from research.run_folder import CHECKPOINTS
 from research.setup import Setup, setup_of
+from research.stores import local_path
 from research.tokenizer import Tokenizer
 from research.train.checkpoint import newest_whole, read_metadata, verify
 from research.train.export import place_export
 from research.train.manifest import MANIFEST
-from research.train.state import WEIGHTS, architecture_of, restore_weights, tokenizer_of
+from research.train.state import OPTIMIZER, WEIGHTS, architecture_of, restore_weights, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Opened:
         return self.metadata["step"]
 
 
-def open_trained(path: Path, report: Callable[[str], None] = print) -> Opened:
-    """Open a run folder (its newest whole checkpoint), a checkpoint or an export.
+def open_trained(place: Path | str, report: Callable[[str], None] = print) -> Opened:
+    """Open a run folder (its newest whole checkpoint), a checkpoint or an export; of a URL a copy in the cache.
 
     Raises `UserError` if it is none of these, or damaged.
     """
+    path = local_path(str(place), report=report, leave_out=(OPTIMIZER,))
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such directory; give a run (runs/NAME), a checkpoint or an export")
     if native.is_native(path):
