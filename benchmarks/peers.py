@@ -59,10 +59,11 @@ def ours(shape: Shape, rules: tuple[Rule, ...]) -> Callable[[], Any]:
     """Return our training step, as scripts/benchmark.py times it."""
     import jax
 
-    from research.mesh import make_mesh
+    from research.mesh import make_mesh, prepare_devices
     from research.plan.measure import RandomSteps
     from research.plan.program import Job
 
+    prepare_devices(MeshConfig())
     experiment = Experiment(
         task=TaskConfig(lengths=(shape.length,)),
         quantization=rules,
