@@ -58,7 +58,7 @@ def _of_expert(stacked: Any, number: int) -> Any:
 
 @pytest.mark.parametrize(
     "rules",
-    [pytest.param(tiny.FLOAT, marks=pytest.mark.slow), tiny.WEIGHT_ONLY, tiny.W8A8],
+    [*(pytest.param(rules, marks=pytest.mark.slow) for rules in (tiny.FLOAT, tiny.WEIGHT_ONLY)), tiny.W8A8],
     ids=["float", "weights", "w8a8"],
 )
 def test_a_layer_and_its_gradient_are_those_of_the_loop(rules: tuple[Rule, ...]) -> None:
@@ -167,6 +167,7 @@ def test_capacity_is_that_of_the_whole_batch_on_any_mesh(factor: float) -> None:
     assert (first[0].router["router_dropped"] > 0) == (factor < 4)
 
 
+@SLOW
 def test_losses_even_out_the_load() -> None:
     train = replace(tiny.TRAIN, router_balance=10.0)
     metrics = start(tiny.FLOAT, train).advance_metrics(STEPS, tiny.batch())

@@ -16,6 +16,10 @@ from research.tasks.scores import Metric, Score, accuracy, bootstrap, macro_f1, 
 from research.train.metrics import AgainstTeacher, answers_against_teacher
 
 
+_LEAST_COST = 1e-5
+"""Nats a token: less than this between two forwards in float32 may be nothing but rounding, which isn't recovered."""
+
+
 @dataclass(frozen=True, eq=False)
 class DocumentScores:
     """Sums over the predicted tokens of each document's own text or true label, [e]; nats."""
@@ -83,7 +87,7 @@ class Figures:
       macro_f1, accuracy: of a task's labels; None for a corpus.
       loss_change, macro_f1_change, accuracy_change: difference from the float foundation's.
       divergence_recovered, loss_recovered: share of what rounding alone (PTQ) cost that this arm does not; None where
-        there is nothing to recover from: the interval of that cost is not above 0.
+        there is nothing to recover from: the interval of that cost is not above 1e-5 nats, which float32 may lose, too.
     """
 
     loss: Score
@@ -115,7 +119,7 @@ def figures_of(
         return bootstrap(nll_per_token, (x_e, arm.tokens_e), samples)
 
     def recovered(cost_e: np.ndarray, of_rounding_e: np.ndarray) -> Score | None:
-        costs = per_token(of_rounding_e).low > 0
+        costs = per_token(of_rounding_e).low > _LEAST_COST
         return bootstrap(_recovered, (cost_e, of_rounding_e), samples) if costs else None
 
     def labelled(metric: Metric) -> Score | None:
