@@ -15,7 +15,6 @@ from research.tasks.batches import Batch
 from research.tasks.scores import Metric, Score, accuracy, bootstrap, macro_f1, nll_per_token
 from research.train.metrics import AgainstTeacher, answers_against_teacher
 
-
 _LEAST_COST = 1e-5
 """Nats a token: less than this between two forwards in float32 may be nothing but rounding, which isn't recovered."""
 
