@@ -20,7 +20,11 @@ from research.model.placement import array_bytes, bytes_per_device
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
 
-FIXTURES = sorted(path.parent.name for path in tiny.FIXTURES.glob("*/config.json"))
+# Mixtral's parts are those of Qwen3-MoE; its formats are looked at in fast tests of their own.
+FIXTURES = [
+    pytest.param(path.parent.name, marks=pytest.mark.slow if path.parent.name == "mixtral" else ())
+    for path in sorted(tiny.FIXTURES.glob("*/config.json"))
+]
 ROWS, LENGTH = 4, 6
 
 
