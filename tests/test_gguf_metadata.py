@@ -71,6 +71,8 @@ def test_shape_comes_back(architecture, tmp_path):
 def test_an_expert_of_qwen3_has_a_size_of_its_own(tmp_path):
     qwen3 = replace(PLAIN, head_norms=True, experts=EXPERTS)
     assert read_architecture(opened(qwen3, tmp_path, qwen3moe__feed_forward_length=99)) == qwen3
+    with pytest.raises(UserError, match="qwen3moe.expert_count is missing"):
+        read_architecture(opened(qwen3, tmp_path, qwen3moe__expert_count=None))
 
 
 @pytest.mark.parametrize(

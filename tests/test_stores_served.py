@@ -10,6 +10,8 @@ import pytest
 import stores
 from commands import FOUNDATION, check_mistake, finish, make_project, run, start
 
+from research.stores import local_path
+
 pytestmark = [
     pytest.mark.stores,
     pytest.mark.filterwarnings("default"),  # those of other libraries are theirs
@@ -64,6 +66,10 @@ def test_a_run_lives_in_a_store(served: tuple[str, dict[str, str]], tmp_path: Pa
     for checkpoint in (f"{url}/runs/x", f"{url}/runs/x/export"):
         evaluated = run(third, "evaluate.py", "--checkpoint", checkpoint, **on(third))
         assert evaluated.last["loss"] == summary["loss_quantized"]
+    lines: list[str] = []
+    for _ in range(2):  # what the store tells of a file stays the same
+        local_path(f"{url}/models/gqa", tmp_path / "cache", lines.append)
+    assert len(lines) == 1
     fetched = third / "cache" / "stores"
     assert list(fetched.rglob("weights")) and not list(fetched.rglob("optimizer"))  # nothing of it is needed
 

@@ -87,7 +87,7 @@ def read_architecture(file: GgufFile) -> Architecture:
         rope_scaling=_read_scaling(file, theta, head),
         tied_head="output.weight" not in file.tensors,
         head_norms=kind != "llama",
-        experts=_read_experts(where, metadata),
+        experts=_read_experts(where, metadata, kind),
     )
 
 
@@ -96,8 +96,8 @@ def _feed_forward(kind: str) -> str:
     return "expert_feed_forward_length" if kind == "qwen3moe" else "feed_forward_length"
 
 
-def _read_experts(where: str, metadata: dict[str, Any]) -> ExpertSizes | None:
-    if not _value(where, metadata, "expert_count", 0):
+def _read_experts(where: str, metadata: dict[str, Any], kind: str) -> ExpertSizes | None:
+    if kind != "qwen3moe" and not _value(where, metadata, "expert_count", 0):
         return None
     experts, chosen = (_count(where, metadata, f"expert_{key}") for key in ("count", "used_count"))
     try:
