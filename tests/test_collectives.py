@@ -117,7 +117,7 @@ def shares(planned: Job, **mesh_sizes: int) -> tuple[dict[tuple[str, str], int],
 
 
 def test_least_by_hand() -> None:
-    """fsdp: codes of all weights twice, gradients once.
+    """fsdp: codes of all weights twice, of the head once; gradients once.
 
     tensor: a layer gathers codes twice and gradients twice, and scatters as often; the head's sum is reduced at once.
     """
@@ -126,7 +126,7 @@ def test_least_by_hand() -> None:
     in_layers = a.layers * (4 * a.width * a.width + 3 * a.width * a.feed_forward)
     head = a.vocabulary * a.width
     _, fsdp = shares(planned, fsdp=8)
-    assert fsdp == {("all-gather", "s8"): 2 * (in_layers + head), ("reduce-scatter", "f32"): 4 * (in_layers + head)}
+    assert fsdp == {("all-gather", "s8"): 2 * in_layers + head, ("reduce-scatter", "f32"): 4 * (in_layers + head)}
     _, tensor = shares(planned, tensor=8)
     stream = 16 * 64 * a.width
     assert tensor == {

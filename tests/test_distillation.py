@@ -49,7 +49,7 @@ def divergence_gradients(run: tiny.Run) -> Any:
 
     def divergence(params: Any, rows: Any) -> jax.Array:
         served = view(params, run.state.optimizer)
-        return distillation_sums(run.setup.graph, served, graph, weights, rows, tiny.TRAIN.loss_chunk).divergence
+        return distillation_sums(run.setup.graph, served, graph, weights, 1.0, rows, tiny.TRAIN.loss_chunk)[0]
 
     with jax.set_mesh(run.mesh):
         return jax.jit(jax.grad(divergence))(run.state.params, put_batch(tiny.batch(), run.mesh))

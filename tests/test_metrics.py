@@ -69,8 +69,8 @@ def test_loss_and_gradient_are_those_of_the_full_logits(tensor: int) -> None:
         assert (np.asarray(plain_ba)[used_ba] > 0).all()
 
         def sums(weights: Any) -> tuple[jax.Array, jax.Array]:
-            found = loss_sums(setup.graph, weights, rows, 24)
-            return found.nll, found.tokens
+            loss, found = loss_sums(setup.graph, weights, rows, 24)
+            return loss, found.tokens
 
         (total, count), gradient = jax.jit(jax.value_and_grad(sums, has_aux=True))(weights)
         assert float(count) == used_ba.sum() and float(total) == pytest.approx(np.asarray(plain_ba).sum(), rel=1e-5)
@@ -98,7 +98,7 @@ def test_divergence_from_a_teacher_and_its_gradient_are_those_of_the_full_logits
             return kl_ba.sum(), (kl_ba, agree_ba & used_ba)
 
         def ours(weights: Any) -> jax.Array:
-            return distillation_sums(setup.graph, weights, setup.graph, teacher, rows, 24).divergence
+            return distillation_sums(setup.graph, weights, setup.graph, teacher, 1.0, rows, 24)[0]
 
         (total, (kl_ba, agree_ba)), wanted = jax.jit(jax.value_and_grad(plain_sum, has_aux=True))(student)
         assert float(total) > 0.1 and agree_ba.any() and not agree_ba[used_ba].all()
@@ -155,7 +155,7 @@ def test_full_logits_never_exist() -> None:
     tokens_bt, slots_ba = np.zeros((b, t), np.int32), np.zeros((b, a), np.int32)
     rows = Batch(tokens_bt, tokens_bt, tokens_bt, tokens_bt, slots_ba, slots_ba, slots_ba + 1)
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.grad(lambda w: loss_sums(setup.graph, w, rows, b * per_row).nll))
+        program = jax.jit(jax.grad(lambda w: loss_sums(setup.graph, w, rows, b * per_row)[0]))
         text = program.lower(weights).compile().as_text()
     arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)}
     over_vocabulary = {shape for shape in arrays if padded in shape or padded // shards in shape}
@@ -177,8 +177,8 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_the_rows_they_were() -> N
         ((rows,),) = training_batches(window_rows(windows, tiny.LENGTH), budget)
 
         def sums(weights: Any, rows: Batch = rows) -> tuple[jax.Array, jax.Array]:
-            found = loss_sums(setup.graph, weights, rows, 24)
-            return found.nll, found.tokens
+            loss, found = loss_sums(setup.graph, weights, rows, 24)
+            return loss, found.tokens
 
         with jax.set_mesh(setup.mesh):
             found[pack] = len(rows.tokens_bt), *jax.jit(jax.value_and_grad(sums, has_aux=True))(weights)

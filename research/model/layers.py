@@ -183,8 +183,11 @@ class Embedding(nnx.Module):
         return settings.scatter(place(rows_btd.astype(settings.compute_dtype), used))
 
     def logits(self, x_bad: jax.Array) -> jax.Array:
-        """Return [b, a, v] products of hidden states [b, a, d] with every row, float32."""
-        return self.settings.product(f"{self.path}/table_vd", "bad,vd->bav", x_bad, self.table_vd).astype(jnp.float32)
+        """Return [b, a, v] products of hidden states [b, a, d] with every row, float32; -inf where rows are padding."""
+        x_bad = place(x_bad, self.settings.spec("bad", x_bad.shape[1]))
+        logits_bav = self.settings.product(f"{self.path}/table_vd", "bad,vd->bav", x_bad, self.table_vd)
+        real_v = jnp.arange(logits_bav.shape[-1]) < self.settings.architecture.vocabulary
+        return jnp.where(real_v[None, None, :], logits_bav.astype(jnp.float32), -jnp.inf)
 
 
 def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Array:

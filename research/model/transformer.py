@@ -78,12 +78,14 @@ class Transformer(nnx.Module):
         sums = jax.tree.map(lambda x: x[: settings.architecture.layers], sums)  # without layers that are padding
         return settings.constrain(self.norm(settings.scatter(x_btd)), "btd"), cache, sums
 
+    @property
+    def unembedding(self) -> Embedding:
+        """The table that makes logits of hidden states."""
+        return self.embed if self.settings.architecture.tied_head else self.head
+
     def logits(self, x_bad: jax.Array) -> jax.Array:
-        """Return float32 logits [b, a, v] of hidden states [b, a, d]; -inf at the vocabulary's padding."""
-        head = self.embed if self.settings.architecture.tied_head else self.head
-        logits_bav = head.logits(x_bad)
-        real_v = jnp.arange(logits_bav.shape[-1]) < self.settings.architecture.vocabulary
-        return jnp.where(real_v[None, None, :], logits_bav, -jnp.inf)
+        """Return the logits [b, a, v] of hidden states [b, a, d], as `Embedding.logits` does."""
+        return self.unembedding.logits(x_bad)
 
 
 def _rematerialize(layer: Any, what: str) -> Any:

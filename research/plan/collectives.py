@@ -35,7 +35,7 @@ HLO_NAMES = {
 }
 _HEADS = {"layers/attention/q_norm/scale_h": "btn", "layers/attention/k_norm/scale_h": "btk"}
 """Norms of heads: axes of what they norm, but for h."""
-LOSS_REDUCTIONS = 5  # maximum, sum of exponentials and the target's logit; the backward pass does the first two anew
+LOSS_REDUCTIONS = 3  # maximum, sum of exponentials and the target's logit
 
 
 def unpredicted(job: Job, step: AbstractStep) -> list[str]:
@@ -82,7 +82,8 @@ def least(job: Job, step: AbstractStep) -> list[Collective]:
     streams: dict[tuple[str, str], list[Collective]] = {}
     for product in products(job, step):
         dtype = product.stored if product.form is None else product.form.held_dtype
-        found.append(_one("all-gather", product.gathered, dtype, product.used(product.letters), 2 * product.times))
+        gathers = 1 if product.is_head else 2 * product.times
+        found.append(_one("all-gather", product.gathered, dtype, product.used(product.letters), gathers))
         found += _gradient("reduce-scatter", product)
         # The products of a block that share an input share what is sent of it, and the sum of its gradient.
         block, is_rounded = product.path.rpartition("/")[0], product.activation != "none"
@@ -138,11 +139,10 @@ def _of_input(product: Product) -> Iterator[Collective]:
 def _of_product(product: Product) -> Iterator[Collective]:
     """The product itself: its weight, the sums that devices have parts of, and the same backward."""
     layout, rules, times = product.layout, product.layout.rules, product.times
-    # The weight is gathered in both passes. What a layer computes anew finds it gathered; that of the head stands
-    # before the loop over its chunks.
-    forward = 1 if product.is_head else times
+    # The weight is gathered in both passes. What a layer computes anew finds it gathered; that of the head, whose
+    # passes are one, stands before the loop over its chunks.
     for dtype, axes, elements in weight_parts(product):
-        yield _one("all-gather", axes, dtype, elements, forward + times)
+        yield _one("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * times)
     # Nothing in a layer depends on what ends it, so that isn't computed anew.
     outputs = (2 if product.again and product.parameter.contract != "f" else 1) * times
     partial = layout.split(product.parameter.contract, rules.activations)

@@ -60,7 +60,7 @@ def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
     for product in products(job, step):
         once = _product_flops(product) * product.times
         is_head = product.rows == "ba"
-        forwards = 2 if is_head or train.rematerialize == "full" else 1
+        forwards = 2 if train.rematerialize == "full" and not is_head else 1
         found["int8" if product.integer else train.compute_dtype] += forwards * once
         found[train.compute_dtype] += 2 * once
     forwards = 2 if train.rematerialize == "full" else 1

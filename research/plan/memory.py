@@ -133,8 +133,8 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
 
     Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of
     what it saved is at work at a time, all that it computes anew, and what its products gather; its gradient is there
-    whole where it is kept split, and the gradients of the layers gather. The gradient of the head waits, whole, until
-    the end.
+    whole where it is kept split, and the gradients of the layers gather. The gradient of the head, made with the loss,
+    is among what is saved; the look-up's, another table, comes last.
     """
     layers, table = job.architecture.layers, step.setup.table
     saved, of_layer = saved_bytes(job, step)

@@ -161,7 +161,7 @@ def products(job: Job, step: AbstractStep) -> Iterator[Product]:
             compute=train.compute_dtype,
             stored="float32" if form is None else train.param_dtype,
             times=layout.sizes["l"] if is_layer else chunks(job),
-            again=train.rematerialize != "none" or not is_layer,
+            again=train.rematerialize != "none" and is_layer,
         )
 
 

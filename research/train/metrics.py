@@ -13,6 +13,7 @@ from research.model.experts import RouterSums, balance_loss, z_loss
 from research.model.sharding import whole
 from research.setup import segments_of
 from research.tasks.batches import Batch
+from research.train.chunks import sum_in_chunks
 
 
 class AgainstTeacher(NamedTuple):
@@ -33,33 +34,22 @@ def answer_nll(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> j
     """Return the negative log-probability of each answer token, nats, float32 [b, a]; 0 in unused slots.
 
     Hidden states are gathered at the answers before the head, and the logits of at most `chunk` answer positions of the
-    whole batch exist at a time, split over the vocabulary. The backward pass computes them anew.
+    whole batch exist at a time, split over the vocabulary.
     """
-    model = nnx.merge(graph, weights)
-    return _by_chunk(token_nll, [model], [_answer_states(model, batch)[0]], batch, chunk)
+    return _by_chunk(token_nll, [nnx.merge(graph, weights)], batch, chunk)
 
 
 def answers_against_teacher(
     graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
 ) -> AgainstTeacher:
-    """Return what a model predicts of each answer token beside what its teacher does; logits as in `answer_nll`.
-
-    No gradient reaches the teacher.
-    """
-    return _against_teacher(graph, weights, teacher_graph, teacher_weights, batch, chunk)[0]
+    """Return what a model predicts of each answer token beside what its teacher does; logits as in `answer_nll`."""
+    models = [nnx.merge(graph, weights), nnx.merge(teacher_graph, teacher_weights)]
+    return _by_chunk(_against_teacher, models, batch, chunk)
 
 
-def _against_teacher(
-    graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
-) -> tuple[AgainstTeacher, RouterSums | None]:
-    def terms(logits_bav: jax.Array, teacher_bav: jax.Array, target_ba: jax.Array) -> AgainstTeacher:
-        agrees_ba = (logits_bav.argmax(axis=-1) == teacher_bav.argmax(axis=-1)).astype(jnp.float32)
-        nll_ba = token_nll(logits_bav, target_ba)
-        return AgainstTeacher(nll_ba, token_divergence(logits_bav, teacher_bav), agrees_ba)
-
-    models = [nnx.merge(graph, weights), nnx.merge(teacher_graph, jax.lax.stop_gradient(teacher_weights))]
-    states, routers = zip(*(_answer_states(model, batch) for model in models), strict=True)
-    return _by_chunk(terms, models, states, batch, chunk), routers[0]
+def _against_teacher(logits_bav: jax.Array, teacher_bav: jax.Array, target_ba: jax.Array) -> AgainstTeacher:
+    agrees_ba = (logits_bav.argmax(axis=-1) == teacher_bav.argmax(axis=-1)).astype(jnp.float32)
+    return AgainstTeacher(token_nll(logits_bav, target_ba), token_divergence(logits_bav, teacher_bav), agrees_ba)
 
 
 def _answer_states(model: Any, batch: Batch) -> tuple[jax.Array, RouterSums | None]:
@@ -70,37 +60,43 @@ def _answer_states(model: Any, batch: Batch) -> tuple[jax.Array, RouterSums | No
     return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1), router
 
 
-def _by_chunk(terms: Callable, models: Sequence[Any], hidden: Sequence[jax.Array], batch: Batch, chunk: int) -> Any:
-    """Return `terms(logits of each model …, target_ba)` of all answer positions, 0 in unused slots.
+def _head(model: Any) -> tuple[nnx.GraphDef, Any]:
+    """Return what makes logits of hidden states, as structure and weights."""
+    graph, weights = nnx.split(model.unembedding)
+    return graph, nnx.as_pure(weights)
 
-    `hidden`: the states [b, a, d] of each model. `terms` returns arrays [b, a] and is called for `chunk` positions.
-    """
-    target_ba = jnp.asarray(batch.target_ba)
-    b, a = target_ba.shape
-    chunk = min(max(1, chunk // b), a)
-    chunks = -(-a // chunk)
 
-    def split(x_ba: jax.Array) -> jax.Array:
-        filled = jnp.pad(x_ba, ((0, 0), (0, chunks * chunk - a), *[(0, 0)] * (x_ba.ndim - 2)))
-        return filled.reshape(b, chunks, chunk, *x_ba.shape[2:]).swapaxes(0, 1)
+def _logits(graph: nnx.GraphDef, weights: Any, states_bad: jax.Array) -> jax.Array:
+    return nnx.merge(graph, weights).logits(states_bad)
 
-    # The layers' modules must not be captured by the checkpoint as constants: split them into structure and arrays.
-    parts = [nnx.split(model) for model in models]
-    pure = [nnx.as_pure(weights) for _, weights in parts]
 
-    @jax.checkpoint
-    def one(weights: Sequence[Any], hidden: Sequence[jax.Array], target_ba: jax.Array) -> Any:
-        logits = [
-            nnx.merge(graph, w).logits(h_bad) for (graph, _), w, h_bad in zip(parts, weights, hidden, strict=True)
-        ]
-        return terms(*logits, target_ba)
+def _in_chunks(arrays: Any, chunk: int) -> Any:
+    """Return arrays [b, a, …] as [chunks, b, slots, …], filled up with zeros: at most `chunk` positions in each."""
 
-    found = jax.lax.map(lambda part: one(pure, *part), ([split(h_bad) for h_bad in hidden], split(target_ba)))
+    def one(x_ba: jax.Array) -> jax.Array:
+        b, a, *rest = x_ba.shape
+        slots = min(max(1, chunk // b), a)
+        chunks = -(-a // slots)
+        filled = jnp.pad(x_ba, ((0, 0), (0, chunks * slots - a), *[(0, 0)] * len(rest)))
+        return filled.reshape(b, chunks, slots, *rest).swapaxes(0, 1)
+
+    return jax.tree.map(one, arrays)
+
+
+def _by_chunk(terms: Callable, models: Sequence[Any], batch: Batch, chunk: int) -> Any:
+    """Return `terms(logits of each model …, target_ba)`, arrays [b, a], of all answer positions, 0 in unused slots."""
+    heads, states = [_head(model) for model in models], [_answer_states(model, batch)[0] for model in models]
+
+    def one(part: tuple[Sequence[jax.Array], jax.Array]) -> Any:
+        states, target_ba = part
+        return terms(*(_logits(*head, h_bad) for head, h_bad in zip(heads, states, strict=True)), target_ba)
+
+    found = jax.lax.map(one, _in_chunks((states, jnp.asarray(batch.target_ba)), chunk))
     used_ba = jnp.asarray(batch.answer_ba) > 0
+    b, a = used_ba.shape
 
     def joined(x_cba: jax.Array) -> jax.Array:
-        x_bca = whole(x_cba.swapaxes(0, 1), ROWS)
-        return jnp.where(used_ba, x_bca.reshape(b, chunks * chunk)[:, :a], 0.0)
+        return jnp.where(used_ba, whole(x_cba.swapaxes(0, 1), ROWS).reshape(b, -1)[:, :a], 0.0)
 
     return jax.tree.map(joined, found)
 
@@ -140,25 +136,62 @@ class LossSums(NamedTuple):
     dropped: jax.Array
 
 
-def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> LossSums:
-    """Return the negative log-probability of the answers and their number of tokens."""
-    model = nnx.merge(graph, weights)
-    states_bad, router = _answer_states(model, batch)
-    return _sums(_by_chunk(token_nll, [model], [states_bad], batch, chunk), jnp.zeros(()), router, batch)
+def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> tuple[jax.Array, LossSums]:
+    """Return what is minimised, the negative log-probability of the answers, and all sums.
+
+    Logits as in `answer_nll`. Only the first has a gradient, and of the sums `balance` and `z`.
+    """
+
+    def terms(logits: Sequence[jax.Array], target_ba: jax.Array, used_ba: jax.Array) -> tuple[jax.Array, Any]:
+        nll_ba = jnp.where(used_ba > 0, token_nll(logits[0], target_ba), 0.0)
+        return nll_ba, (nll_ba, jnp.zeros(()))
+
+    return _sums(terms, [nnx.merge(graph, weights)], batch, chunk)
 
 
 def distillation_sums(
-    graph: nnx.GraphDef, weights: Any, teacher_graph: nnx.GraphDef, teacher_weights: Any, batch: Batch, chunk: int
-) -> LossSums:
-    """Return what `loss_sums` does, and the divergence from the teacher."""
-    found, router = _against_teacher(graph, weights, teacher_graph, teacher_weights, batch, chunk)
-    return _sums(found.nll_ba, found.divergence_ba, router, batch)
+    graph: nnx.GraphDef,
+    weights: Any,
+    teacher_graph: nnx.GraphDef,
+    teacher_weights: Any,
+    share: float,
+    batch: Batch,
+    chunk: int,
+) -> tuple[jax.Array, LossSums]:
+    """Return what `loss_sums` does; minimised is (1 - share) · that of the answers + share · KL(teacher ‖ model).
+
+    No gradient reaches the teacher.
+    """
+
+    def terms(logits: Sequence[jax.Array], target_ba: jax.Array, used_ba: jax.Array) -> tuple[jax.Array, Any]:
+        found = _against_teacher(logits[0], logits[1], target_ba)
+        nll_ba, divergence_ba = (jnp.where(used_ba > 0, x_ba, 0.0) for x_ba in (found.nll_ba, found.divergence_ba))
+        return (1 - share) * nll_ba + share * divergence_ba, (nll_ba, divergence_ba)
+
+    models = [nnx.merge(graph, weights), nnx.merge(teacher_graph, jax.lax.stop_gradient(teacher_weights))]
+    return _sums(terms, models, batch, chunk)
 
 
-def _sums(nll_ba: jax.Array, divergence_ba: jax.Array, router: RouterSums | None, batch: Batch) -> LossSums:
+def _sums(terms: Callable, models: Sequence[Any], batch: Batch, chunk: int) -> tuple[jax.Array, LossSums]:
+    """Return the sums of `terms(logits of each model, target_ba, used_ba)` and of the first model's router.
+
+    `terms` returns what is minimised, and what adds up to the first two of `LossSums`.
+    """
+    heads = [_head(model) for model in models]
+    weights, *held = [weights for _, weights in heads]
+    (states_bad, router), *others = [_answer_states(model, batch) for model in models]
+    rest = [*(h_bad for h_bad, _ in others), jnp.asarray(batch.target_ba), jnp.asarray(batch.answer_ba)]
+
+    def of_chunk(weights: Any, states_bad: jax.Array, held: Any, rest: Any) -> tuple[jax.Array, Any]:
+        *others, target_ba, used_ba = rest
+        states = zip(heads, (weights, *held), (states_bad, *others), strict=True)
+        return terms([_logits(head[0], w, h_bad) for head, w, h_bad in states], target_ba, used_ba)
+
+    chunked = _in_chunks((states_bad, rest), chunk)
+    loss, (nll, divergence) = sum_in_chunks(of_chunk, weights, chunked[0], held, chunked[1])  # pyright: ignore
     tokens, nothing = (batch.answer_ba > 0).sum().astype(jnp.float32), jnp.zeros(())
     if router is None:
-        return LossSums(nll_ba.sum(), divergence_ba.sum(), tokens, nothing, nothing, nothing)
+        return loss, LossSums(nll, divergence, tokens, nothing, nothing, nothing)
     dropped_l = router.dropped / jnp.maximum(router.chosen_e.sum(axis=-1), 1)
-    terms = (tokens * x_l.mean() for x_l in (balance_loss(router), z_loss(router), dropped_l))
-    return LossSums(nll_ba.sum(), divergence_ba.sum(), tokens, *terms)
+    of_router = (tokens * x_l.mean() for x_l in (balance_loss(router), z_loss(router), dropped_l))
+    return loss, LossSums(nll, divergence, tokens, *of_router)

@@ -169,13 +169,11 @@ def make_loss(graph: nnx.GraphDef, train: TrainConfig, teacher: Teacher | None =
     def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
         weights = view(params, state.optimizer)
         if teacher is None:
-            sums = loss_sums(graph, weights, batch, train.loss_chunk)
-            return sums.nll + router_loss(sums), sums
-        sums = distillation_sums(graph, weights, teacher.graph, teacher_weights, batch, train.loss_chunk)
-        return (1 - teacher.share) * sums.nll + teacher.share * sums.divergence + router_loss(sums), sums
-
-    def router_loss(sums: LossSums) -> jax.Array:
-        return train.router_balance * sums.balance + train.router_z * sums.z
+            answers, sums = loss_sums(graph, weights, batch, train.loss_chunk)
+        else:
+            learned = teacher.graph, teacher_weights, teacher.share
+            answers, sums = distillation_sums(graph, weights, *learned, batch, train.loss_chunk)
+        return answers + train.router_balance * sums.balance + train.router_z * sums.z, sums
 
     return loss
 
