@@ -5,7 +5,7 @@ activations that they multiply are int8 per token: training computes the integer
 
     Command:  python scripts/finetune.py --config configs/int8_tp4.py
     Hardware: four CPU devices simulated on two cores, or four real ones
-    Result:   macro-F1 0.408 (foundation) → 0.973, its int8 export the same; 4 min 25 s on two Xeon cores (AVX-512 VNNI)
+    Result:   macro-F1 0.408 (foundation) → 0.758, its int8 export the same; 3 min 26 s on two Xeon cores (AVX-512 VNNI)
 """
 
 from research.config import Experiment, MeshConfig, Rule

@@ -91,7 +91,9 @@ def estimate_step(job: Job, step: AbstractStep) -> Memory:
 def from_compiler(step: AbstractStep, compiled: Compiled) -> Memory:
     """Return the bytes of a compiled step: what stays, by part, and what the programs take besides."""
     held = resident(step)
-    extra = {"add": compiled.add.extra_bytes, "update": compiled.update.extra_bytes}
+    # A micro-batch that adds to nothing gives new sums, which are counted already.
+    new = 0 if step.given else _bytes_of(step.sums)
+    extra = {"add": compiled.add.extra_bytes - new, "update": compiled.update.extra_bytes}
     # A TPU pads arrays to its tiles; arguments of the update are all that stays, but for the batch and the teacher.
     padding = max(0, compiled.update.argument_bytes - _bytes_of((step.state, step.sums)))
     busiest = max(extra, key=lambda name: extra[name])
@@ -142,8 +144,11 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     in_layers = [path for path, p in table.items() if "l" in p.axes]
     of_head = _gradient_bytes(step, [_head(step)], whole=True)
     at_work = of_layer // 2 + anew + _gradient_bytes(step, in_layers, whole=True) // layers + _gathered(job, step)
+    # Beside the sums that they are added to, or that they become, widened.
     gradients = sum(
-        bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path)) for path, p in table.items()
+        bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path))
+        for path, p in table.items()
+        if step.given or _gradient_dtype(step, path) != "float32"
     )
     return saved + max(gradients + of_head + at_work, _head_bytes(job, step))
 

@@ -68,6 +68,11 @@ class AbstractStep:
     batch: Batch
     teacher: Teacher | None
 
+    @property
+    def given(self) -> GradientSums | None:
+        """What a micro-batch adds to; None where it is the only one."""
+        return self.sums if self.setup.train.accumulate > 1 else None
+
 
 @dataclass(frozen=True)
 class Program:
@@ -147,7 +152,7 @@ def compile_step(
         weights = abstract.teacher and abstract.teacher.weights
         step, state, sums = abstract.step, abstract.state, abstract.sums
         lowered = {
-            "add": step.add.trace(state, abstract.batch, sums, weights).lower(**lower),  # pyright: ignore
+            "add": step.add.trace(state, abstract.batch, abstract.given, weights).lower(**lower),  # pyright: ignore
             "update": step.update.trace(state, sums).lower(**lower),  # pyright: ignore
         }
     file = cache / f"{_key(abstract, lowered.values(), options)}.json" if cache else None

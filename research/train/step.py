@@ -157,7 +157,8 @@ class Step:
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> tuple[TrainState, StepMetrics]:
         """Return the next state, for which `state` is donated, and the metrics of the step."""
-        sums = self.zeros()
+        # Where there is one there is nothing to add to: no second tree of gradients.
+        sums: Any = self.zeros() if len(micro_batches) > 1 else None
         for batch in micro_batches:
             sums = self.add(state, batch, sums, self.teacher_weights)
         return self.update(state, sums)
@@ -203,10 +204,10 @@ def make_step(
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state_shapes)
         return GradientSums(LossSums(*jnp.zeros(len(LossSums._fields))), gradients)
 
-    def add(state: TrainState, batch: Batch, sums: GradientSums, teacher_weights: Any = None) -> GradientSums:
+    def add(state: TrainState, batch: Batch, sums: GradientSums | None, teacher_weights: Any = None) -> GradientSums:
         gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights)
-        widened = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        return jax.tree.map(jnp.add, sums, GradientSums(losses, widened))
+        found = GradientSums(losses, jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+        return found if sums is None else jax.tree.map(jnp.add, sums, found)
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, StepMetrics]:
         tokens = sums.losses.tokens
