@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 from flax import nnx
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 from tiny_tokenizers import byte_level
 
@@ -133,7 +134,7 @@ def test_serving_from_codes_gives_the_bits_of_training() -> None:
 def test_losses_of_the_router_are_those_of_the_papers() -> None:
     rng = np.random.default_rng(0)
     logits_bte, real_bt = rng.normal(size=(3, 5, 4)).astype(np.float32), rng.random((3, 5)) < 0.7
-    _, sums = route(MIXTURE.experts, jnp.asarray(logits_bte), jnp.asarray(real_bt), 0.0)
+    _, sums = route(MIXTURE.experts, jnp.asarray(logits_bte), jnp.asarray(real_bt), 0.0, PartitionSpec())
     flat = logits_bte[real_bt].astype(np.float64)
     probability = np.exp(flat) / np.exp(flat).sum(axis=1, keepdims=True)
     chosen = np.zeros(4)
@@ -148,7 +149,7 @@ def test_losses_of_the_router_are_those_of_the_papers() -> None:
 
 def test_over_its_capacity_an_expert_takes_the_first() -> None:
     logits_bte = jnp.tile(jnp.array([3.0, 2.0, 1.0, 0.0]), (2, 4, 1))  # all eight tokens want experts 0 and 1
-    routing, sums = route(MIXTURE.experts, logits_bte, jnp.ones((2, 4), bool), 0.75)
+    routing, sums = route(MIXTURE.experts, logits_bte, jnp.ones((2, 4), bool), 0.75, PartitionSpec())
     # 0.75 · 8 tokens · 2 choices / 4 experts
     np.testing.assert_array_equal(routing.expert_btj.reshape(8, 2), [[0, 1]] * 3 + [[4, 4]] * 5)
     assert not routing.share_btj.reshape(8, 2)[3:].any() and sums.dropped == 10

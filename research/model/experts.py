@@ -54,19 +54,30 @@ class RouterSums(NamedTuple):
     dropped: jax.Array
 
 
-def route(sizes: ExpertSizes, logits_bte: jax.Array, real_bt: jax.Array, capacity_factor: float):
+def route(
+    sizes: ExpertSizes,
+    logits_bte: jax.Array,
+    real_bt: jax.Array,
+    capacity_factor: float,
+    tokens: PartitionSpec,
+):
     """Return the `Routing` of tokens and the `RouterSums` of those that are real.
 
     Of equal logits the lower expert wins. `capacity_factor`: an expert takes, of all choices of these tokens, so many
-    times its even share, the first in the order of rows and positions; 0: all.
+    times its even share, the first in the order of rows and positions; 0: all. `tokens`: sharding of the first two
+    axes.
     """
     logits_bte = logits_bte.astype(jnp.float32)
     probability_bte = jax.nn.softmax(logits_bte, axis=-1)
-    share_btj, expert_btj = jax.lax.top_k(probability_bte, sizes.chosen)
+    # Each device for its tokens: left to the compiler, it gathers those of all devices.
+    largest = per_device(lambda x_bte: jax.lax.top_k(x_bte, sizes.chosen)[1], (tokens,), tokens)
+    expert_btj: jax.Array = largest(jax.lax.stop_gradient(probability_bte))
+    is_chosen_btje = jax.nn.one_hot(expert_btj, sizes.experts, dtype=bool)
+    share_btj = jnp.where(is_chosen_btje, probability_bte[:, :, None, :], 0).sum(axis=-1)
     if sizes.normalized:
         share_btj = share_btj / share_btj.sum(axis=-1, keepdims=True)
     real_bt1 = real_bt[:, :, None]
-    one_hot_btje = jax.nn.one_hot(expert_btj, sizes.experts, dtype=bool) & real_bt1[..., None]
+    one_hot_btje = is_chosen_btje & real_bt1[..., None]
     taken_btj = jnp.ones(expert_btj.shape, bool)
     if capacity_factor:
         order_ne = jnp.cumsum(one_hot_btje.reshape(-1, sizes.experts).astype(jnp.int32), axis=0)

@@ -319,7 +319,7 @@ class Experts(nnx.Module):
         logits_bte = settings.product(
             f"{self.path}/router_de", "btd,de->bte", x_btd.astype(jnp.float32), self.router_de, dtype="float32"
         )
-        routing, sums = route(sizes, logits_bte, real_bt, settings.capacity_factor)
+        routing, sums = route(sizes, logits_bte, real_bt, settings.capacity_factor, settings.spec("bt", t))
         x = settings.share((f"{self.path}/gate_edf", f"{self.path}/up_edf"), x_btd)
         weights = (weight(param) for param in (self.gate_edf, self.up_edf, self.down_efd))
         mixed_btd: jax.Array = mix(self._how(sizes, real_bt.size, t), x, routing, *weights)

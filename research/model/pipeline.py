@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from research.model.sharding import constrain, per_device, ways_of
+from research.axes import MeshAxes
+from research.model.sharding import explicit, per_device, place, ways_of
 
 AXIS = "stage"
 _PIECES_PER_STAGE = 4  # at most: the bubble is then a fifth, and smaller products are slower ones
@@ -82,16 +83,29 @@ def _cut(x: jax.Array, ways: int, pieces: int, spec: PartitionSpec) -> jax.Array
     """Return [b, …] as [piece, b of a piece, …]: of each device's rows a share, so that none moves between devices."""
     b, *rest = x.shape
     x = _with_rows(x, spec)
-    return x.reshape(ways, pieces, -1, *rest).swapaxes(0, 1).reshape(pieces, b // pieces, *rest)
+    x = _reshaped(x, (ways, pieces, b // ways // pieces, *rest), (spec[0], None, None), 1).swapaxes(0, 1)
+    return _reshaped(x, (pieces, b // pieces, *rest), (None, spec[0]), 3)
 
 
 def _joined(x: jax.Array, ways: int, spec: PartitionSpec) -> jax.Array:
     """Return pieces as rows. Inverse of `_cut`."""
-    pieces, _, *rest = x.shape
-    x = x.reshape(pieces, ways, -1, *rest).swapaxes(0, 1)
-    return _with_rows(x.reshape(-1, *rest), spec)
+    pieces, rows, *rest = x.shape
+    x = _reshaped(x, (pieces, ways, rows // ways, *rest), (None, spec[0], None), 2).swapaxes(0, 1)
+    return _with_rows(_reshaped(x, (pieces * rows, *rest), (spec[0],), 3), spec)
+
+
+def _reshaped(x: jax.Array, shape: tuple[int, ...], entries: tuple[MeshAxes, ...], instead_of: int) -> jax.Array:
+    """Return `x` with other first axes, split as `entries` say, which Explicit mesh axes need to be told."""
+    return jax.lax.reshape(x, shape, out_sharding=explicit(PartitionSpec(*entries, *_entries(x)[instead_of:])))
 
 
 def _with_rows(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Return `x` with its rows split as `spec` says, and the other axes as they are."""
-    return constrain(x, PartitionSpec(spec[0], *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
+    return place(x, PartitionSpec(spec[0], *_entries(x)[1:]))
+
+
+def _entries(x: jax.Array) -> tuple[Any, ...]:
+    """Return how the axes of `x` are split: as its type says, or as the compiler likes."""
+    if explicit(PartitionSpec()) is None:
+        return (PartitionSpec.UNCONSTRAINED,) * x.ndim
+    return tuple(jax.typeof(x).sharding.spec)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 def explicit(spec: PartitionSpec) -> PartitionSpec | None:
     """Return `spec` where the axes of the mesh in context are Explicit, None where the compiler chooses."""
-    return spec if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types else None
+    return free(spec) if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types else None
 
 
 def free(spec: PartitionSpec) -> PartitionSpec:
@@ -69,9 +69,10 @@ def whole(x: jax.Array, *entries: tuple[str, ...]) -> jax.Array:
 
 def place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Return `array` split as `spec` says, moved there on Explicit mesh axes, too."""
-    if explicit(spec) is None:
+    told = explicit(spec)
+    if told is None:
         return constrain(array, spec)
-    return array if jax.typeof(array).sharding.spec == spec else jax.sharding.reshard(array, spec)
+    return array if jax.typeof(array).sharding.spec == told else jax.sharding.reshard(array, told)
 
 
 def split(parts: Any, spec: PartitionSpec) -> Any:

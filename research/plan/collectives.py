@@ -13,12 +13,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from research.plan.hlo import Collective, merged
-from research.plan.products import STREAM, Layout, Product, chunks, layout_of, products, scale_sizes, weight_parts
+from research.plan.mixtures import mixture, sends
+from research.plan.products import (
+    STREAM,
+    Layout,
+    Product,
+    chunks,
+    in_layers,
+    layout_of,
+    products,
+    scale_sizes,
+    weight_parts,
+)
 from research.plan.program import AbstractStep, Job
 from research.quant.activations import group_size, statistic_of
 from research.quant.grid import bytes_of
 
-KNOWN_AXES = ("replica", "data", "fsdp", "tensor")
+KNOWN_AXES = ("replica", "stage", "data", "fsdp", "expert", "tensor")
 """Mesh axes whose traffic is predicted. Of `context` all is but token ids and answers."""
 
 HLO_NAMES = {
@@ -43,6 +54,8 @@ def unpredicted(job: Job, step: AbstractStep) -> list[str]:
     mesh = {axis: size for axis, size in dict(step.mesh.shape).items() if size > 1}
     train, copies = job.experiment.train, step.setup.settings.heads.copies
     others = {
+        "the gradients of routers": job.architecture.experts is not None and len(mesh) > 1,
+        "the way of vectors from the look-up, over expert and fsdp": {"expert", "fsdp"} <= set(mesh),
         "the teacher's forward pass": train.distill > 0,
         "gradients of kv heads that devices of tensor share": copies > 1,
         "the gradient of the embedding's look-up under train.zero": train.zero
@@ -51,7 +64,7 @@ def unpredicted(job: Job, step: AbstractStep) -> list[str]:
     }
     unknown = {axis: f"what mesh axis {axis} sends" for axis in mesh if axis not in KNOWN_AXES}
     if "context" in unknown:
-        unknown["context"] += " of token ids and answers"
+        unknown["context"] += " of token ids and answers" + (", through stages" if "stage" in mesh else "")
     return [*unknown.values(), *(name for name, is_so in others.items() if is_so)]
 
 
@@ -60,7 +73,8 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     parts = job.experiment.train.accumulate
     layout = layout_of(job, step)
     micro = [
-        *_of_ring(job, step, layout),
+        *_of_ring(job, step, in_layers(layout)),
+        *_of_stages(job, layout),
         *_of_norms(job, step, layout),
         *_of_embedding(job, step, layout),
         *_of_loss(job, layout),
@@ -69,6 +83,10 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     for product in products(job, step):
         micro += _of_product(product)
         inputs[_input(product), product.x] = product
+    mix = mixture(job, step)
+    if mix is not None:
+        micro += [_one(*sent) for sent in sends(mix)]
+        inputs[_input(mix.gate), mix.gate.x] = mix.gate
     for product in inputs.values():
         micro += _of_input(product)
     times = [replace(one, times=one.times * parts) for one in micro]
@@ -78,7 +96,7 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
 def least(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives that the layout needs at least, `merged`; scalars and norms are left out."""
     parts = job.experiment.train.accumulate
-    found = [*_of_ring(job, step, layout_of(job, step))]
+    found = [*_of_ring(job, step, in_layers(layout_of(job, step))), *_of_stages(job, layout_of(job, step))]
     streams: dict[tuple[str, str], list[Collective]] = {}
     for product in products(job, step):
         dtype = product.stored if product.form is None else product.form.held_dtype
@@ -170,7 +188,7 @@ def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collectiv
     """Keys and values of a device, which travel around all others in each pass, back with their float32 gradients."""
     train, grid, rules = job.experiment.train, step.setup.settings.kv_grid, layout.rules
     ring, heads = layout.split("t", rules.activations), "n" if step.setup.settings.heads.copies > 1 else "k"
-    kept, steps = layout.elements(f"bt{heads}h", rules.activations), layout.sizes["l"] * (layout.ways(ring) - 1)
+    kept, steps = layout.elements(f"bt{heads}h", rules.activations), layout.passes * (layout.ways(ring) - 1)
     passes = 3 if train.rematerialize != "none" else 2
     yield _one(
         "collective-permute", ring, train.compute_dtype if grid is None else grid.code_dtype, kept, 2 * passes * steps
@@ -178,22 +196,43 @@ def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collectiv
     if grid is not None:
         scales = layout.elements(f"bt{heads}", rules.activations)
         yield _one("collective-permute", ring, "float16", scales, 2 * passes * steps)
-    yield _one("collective-permute", ring, "float32", kept, 2 * (steps + layout.sizes["l"]))
+    yield _one("collective-permute", ring, "float32", kept, 2 * (steps + layout.passes))
+
+
+def _of_stages(job: Job, layout: Layout) -> Iterator[Collective]:
+    """What passes between stages: the stream of a piece at each tick, and its gradient back; all rows at both ends.
+
+    The stages share the rows before and after the layers: the stream comes whole to the first and goes from the last,
+    and all stages get what belongs to the rows, their places, branches and documents.
+    """
+    if layout.mesh["stage"] == 1:
+        return
+    axis, dtype, rules, inner = ("stage",), job.experiment.train.compute_dtype, layout.rules, in_layers(layout)
+    yield _one("collective-permute", axis, dtype, inner.elements(STREAM, rules.residuals), 2 * inner.ticks)
+    whole = layout.elements(STREAM, rules.residuals)
+    yield _one("all-gather", axis, dtype, whole, 3)
+    stages = layout.mesh["stage"]
+    # Each stage's share comes from where it lies and goes back, past all others; between two XLA does so twice.
+    yield _one("collective-permute", axis, dtype, whole // stages, max(4, 2 * (stages - 1)))
+    yield _one("all-gather", axis, "int32", layout.elements("bt", {**rules.activations, "b": rules.residuals["b"]}), 3)
 
 
 def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """Norms: a float32 vector each, gathered in all passes, its gradient summed; and the last one's outcome."""
-    rules, again = layout.rules, job.experiment.train.rematerialize != "none"
+    again, outside = job.experiment.train.rematerialize != "none", layout
     for path, parameter in step.setup.table.items():
+        layout = in_layers(outside) if "l" in parameter.axes else outside
+        rules = layout.rules
         if not parameter.contract:
             letter = parameter.axes[-1]  # d, or h where it is that of heads: their gradient is summed over heads, too
-            summed, table = ("bt", rules.residuals) if letter == "d" else (_HEADS[path], rules.activations)
+            stream = {**rules.residuals, "b": rules.activations["b"]}
+            summed, table = ("bt", stream) if letter == "d" else (_HEADS[path], rules.activations)
             gathered, width = layout.moved(letter, rules.params, rules.activations), layout.sizes[letter]
-            times = layout.sizes["l"] if "l" in parameter.axes else 1
+            times = layout.passes if "l" in parameter.axes else 1
             yield _one("all-gather", gathered, "float32", width, (3 if again and "l" in parameter.axes else 2) * times)
             for over in summed:
                 yield _one("all-reduce", layout.split(over, table), "float32", width, times)
-    yield _whole_stream(job, layout)
+    yield _whole_stream(job, outside)
 
 
 def _whole_stream(job: Job, layout: Layout) -> Collective:
@@ -208,10 +247,11 @@ def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Coll
     rules, train = layout.rules, job.experiment.train
     stored = "float32" if "embed/table_vd" not in step.setup.formats else train.param_dtype
     across, vectors = layout.moved("b", rules.activations, rules.looked_up), layout.elements(STREAM, rules.looked_up)
+    exchanged = tuple(axis for axis in across if axis != "stage")  # the stages need them all
     yield _one("all-gather", across, "int32", layout.elements("bt", rules.looked_up))
     yield _one("all-reduce", layout.split("v", rules.params), stored, vectors)
-    yield _one("all-to-all", across, train.compute_dtype, vectors, 2)
-    yield _whole_stream(job, layout)
+    yield _one("all-to-all", exchanged, train.compute_dtype, vectors, 2)
+    yield _whole_stream(job, replace(layout, rules=in_layers(layout).rules))
     # The gradient is summed over rows; under ZeRO a device gets its part of `d` of all rows instead.
     zero = layout.moved("d", rules.latents, rules.params)
     if zero:

@@ -10,7 +10,8 @@ from math import prod
 from research.plan.hardware import Hardware
 from research.plan.hlo import Collective
 from research.plan.memory import Memory
-from research.plan.products import Product, products
+from research.plan.mixtures import expert_flops, mixture
+from research.plan.products import Product, in_layers, layout_of, products
 from research.plan.program import AbstractStep, Job
 
 # What a device sends of a collective's bytes, over (ways - 1) / ways, where devices form a ring. A permutation is one
@@ -61,8 +62,11 @@ def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
         once = _product_flops(product) * product.times
         is_head = product.rows == "ba"
         forwards = 2 if train.rematerialize == "full" and not is_head else 1
-        found["int8" if product.integer else train.compute_dtype] += forwards * once
-        found[train.compute_dtype] += 2 * once
+        for dtype, passes in (("int8" if product.integer else product.compute, forwards), (product.compute, 2)):
+            found[dtype] = found.get(dtype, 0.0) + passes * once
+    mix = mixture(job, step)
+    for dtype, count in expert_flops(mix).items() if mix else ():
+        found[dtype] += count
     forwards = 2 if train.rematerialize == "full" else 1
     found[train.compute_dtype] += (forwards + 2) * _attention_flops(job, step)
     if train.distill:
@@ -77,10 +81,8 @@ def _product_flops(product: Product) -> float:
 
 def _attention_flops(job: Job, step: AbstractStep) -> float:
     """Operations of scores and weighted values of all layers; the whole square, as it is computed."""
-    settings, architecture = step.setup.settings, job.architecture
-    layout = next(iter(products(job, step))).layout
-    queries = layout.elements("btnh", settings.rules.activations)
-    return 2.0 * 2.0 * queries * job.length * architecture.layers
+    layout = in_layers(layout_of(job, step))
+    return 2.0 * 2.0 * layout.elements("btnh", layout.rules.activations) * job.length * layout.passes
 
 
 def sent_bytes(sends: Iterable[Collective], mesh_sizes: Mapping[str, int]) -> dict[str, float]:

@@ -15,10 +15,10 @@ import jax
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from research.errors import UserError
 from research.model.attention import BLOCK
 from research.model.parameters import Parameter, parameter_table
-from research.plan.products import STREAM, layout_of, products, weight_parts
+from research.plan.mixtures import bytes_at_work, mixture
+from research.plan.products import STREAM, in_layers, layout_of, products, weight_parts
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
@@ -69,12 +69,8 @@ def estimate(job: Job, sizes: Mapping[str, int]) -> Memory:
 def shapes_on(job: Job, sizes: Mapping[str, int]) -> AbstractStep:
     """Return the step of a job on a mesh of `sizes` and of no devices.
 
-    Raises `UserError` as `make_setup` does, and for what has no estimate.
+    Raises `UserError` as `make_setup` does.
     """
-    unknown = [axis for axis in ("stage", "expert") if sizes[axis] > 1]
-    if unknown or job.architecture.experts:
-        what = " and ".join(f"mesh.{axis}" for axis in unknown) or "a mixture of experts"
-        raise UserError(f"{what}: not estimated by the planner; a run of a few steps tells")
     mesh = abstract_mesh(sizes)
     with jax.sharding.use_abstract_mesh(mesh):
         return abstract_step(job, mesh)
@@ -136,14 +132,20 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of
     what it saved is at work at a time, all that it computes anew, and what its products gather; its gradient is there
     whole where it is kept split, and the gradients of the layers gather. The gradient of the head, made with the loss,
-    is among what is saved; the look-up's, another table, comes last.
+    is among what is saved; the look-up's, another table, comes last. A stage takes what it saved of a
+    piece out of what it saved of all.
     """
-    layers, table = job.architecture.layers, step.setup.table
+    table, layout = step.setup.table, layout_of(job, step)
+    layers = layout.sizes["l"] // layout.mesh["stage"]
     saved, of_layer = saved_bytes(job, step)
     anew = _computed_anew(job, step) - of_layer if job.experiment.train.rematerialize != "none" else 0
-    in_layers = [path for path, p in table.items() if "l" in p.axes]
+    of_layers = [path for path, p in table.items() if "l" in p.axes]
     of_head = _gradient_bytes(step, [_head(step)], whole=True)
-    at_work = of_layer // 2 + anew + _gradient_bytes(step, in_layers, whole=True) // layers + _gathered(job, step)
+    of_piece = of_layer * layers if layout.mesh["stage"] > 1 else 0
+    whole = _gradient_bytes(step, of_layers, whole=True) // layers
+    mix = mixture(job, step)
+    of_experts = bytes_at_work(mix) if mix else 0
+    at_work = of_layer // 2 + anew + whole + of_piece + of_experts + _gathered(job, step)
     # Beside the sums that they are added to, or that they become, widened.
     gradients = sum(
         bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path))
@@ -160,7 +162,7 @@ def _gathered(job: Job, step: AbstractStep) -> int:
     output and as two gradients of the input, where it lies split by positions; and of a pair of attention's blocks the
     scores, the shares and the gradients of both.
     """
-    layout, compute = layout_of(job, step), job.experiment.train.compute_dtype
+    layout, compute = in_layers(layout_of(job, step)), job.experiment.train.compute_dtype
     used = layout.rules.activations
     weights = sum(
         bytes_of(elements, dtype)
@@ -197,15 +199,22 @@ def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
     traced = jax.make_jaxpr(saved)(step.state.params, step.state, step.batch, weights).jaxpr
     given = set(traced.invars)
     # Where sharding is a type, a stack of layers is given another type for its scan, and nothing moves.
-    given |= {one.outvars[0] for one in traced.eqns if one.primitive.name == "reshard" and one.invars[0] in given}
+    given |= {
+        one.outvars[0]
+        for one in traced.eqns
+        if one.primitive.name == "reshard" and not isinstance(one.invars[0], Literal) and one.invars[0] in given
+    }
     found = {v for v in traced.outvars if not isinstance(v, Literal) and v not in given}
-    layers = job.architecture.layers
-    stacked = [v for v in found if v.aval.ndim > 1 and v.aval.shape[0] == layers]
+    layout = in_layers(layout_of(job, step))
+    loops = (layout.sizes["l"],)
+    if (stages := layout.mesh["stage"]) > 1:  # of all stages, for their ticks and for their layers
+        loops = (stages * layout.ticks, layout.sizes["l"] // stages)
+    stacked = [v for v in found if v.aval.ndim > len(loops) and v.aval.shape[: len(loops)] == loops]
 
     def total(variables: Iterable[Any]) -> int:
         return sum(local_bytes(v.aval, step.mesh) for v in variables)
 
-    return total(found), total(stacked) // layers
+    return total(found), total(stacked) // layout.passes
 
 
 def _gradient_bytes(step: AbstractStep, paths: Iterable[str], *, whole: bool = False) -> int:

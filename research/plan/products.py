@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from research.axes import AxisRules, MeshAxes
-from research.model.parameters import Parameter
+from research.model.parameters import HEAD, Parameter
+from research.model.pipeline import count_pieces
 from research.plan.program import AbstractStep, Job
 from research.quant.activations import group_size
 from research.quant.policy import Format
@@ -23,6 +24,13 @@ class Layout:
     sizes: Mapping[str, int]
     mesh: Mapping[str, int]
     rules: AxisRules
+    ticks: int = 1
+    """How often a stage works in a micro-batch, the bubble included (pipeline.py); `sizes` has the rows of a piece."""
+
+    @property
+    def passes(self) -> int:
+        """How many layers a device works on in a micro-batch, each as often as a piece comes, or none."""
+        return self.sizes["l"] // self.mesh["stage"] * self.ticks
 
     def split(self, letters: str, table: Table) -> tuple[str, ...]:
         """Return the mesh axes of more than one device that split any of the letters, in the order of the mesh."""
@@ -129,8 +137,22 @@ def layout_of(job: Job, step: AbstractStep) -> Layout:
     if settings.heads.copies > 1:  # kv heads are whole on every device
         rules = replace(rules.with_params(k=None), activations={**rules.activations, "k": None})
     if settings.residual(job.length)[1] == settings.spec(STREAM, job.length)[1]:
-        rules = replace(rules, residuals=rules.activations)
+        rules = replace(rules, residuals={**rules.residuals, "t": rules.activations["t"]})
     return Layout(sizes, mesh, rules)
+
+
+def in_layers(layout: Layout) -> Layout:
+    """Return the layout of what happens in a layer: of a piece of rows that the stages don't share."""
+    stages, b = layout.mesh["stage"], layout.rules.residuals["b"]
+    if stages == 1:
+        return layout
+    pieces = count_pieces(layout.sizes["b"] // layout.ways(layout.split("b", layout.rules.residuals)), stages)
+    return Layout(
+        {**layout.sizes, "b": layout.sizes["b"] // pieces},
+        layout.mesh,
+        replace(layout.rules, activations={**layout.rules.activations, "b": b}),
+        pieces + stages - 1,
+    )
 
 
 def chunk(job: Job) -> int:
@@ -144,25 +166,49 @@ def chunks(job: Job) -> int:
 
 
 def products(job: Job, step: AbstractStep) -> Iterator[Product]:
-    """Yield every product with a weight; the head's is the last."""
-    setup, train, layout = step.setup, job.experiment.train, layout_of(job, step)
-    head = "head/table_vd" if "head/table_vd" in setup.table else "embed/table_vd"
-    for path, parameter in setup.table.items():
-        if not parameter.contract or (path.startswith("embed/") and path != head):
+    """Yield every product with a weight but those of experts; the head's is the last."""
+    head = HEAD if HEAD in step.setup.table else "embed/table_vd"
+    outside, inside = layout_of(job, step), in_layers(layout_of(job, step))
+    for path, parameter in step.setup.table.items():
+        if is_of_experts(parameter) or not parameter.contract or (path.startswith("embed/") and path != head):
             continue
-        form, is_layer = setup.formats.get(path), "l" in parameter.axes
-        yield Product(
-            layout,
-            path,
-            parameter,
-            rows="bt" if is_layer else "ba",
-            form=form,
-            activation=setup.policy.activation(path),
-            compute=train.compute_dtype,
-            stored="float32" if form is None else train.param_dtype,
-            times=layout.sizes["l"] if is_layer else chunks(job),
-            again=train.rematerialize != "none" and is_layer,
-        )
+        if "l" in parameter.axes:
+            yield _product(job, step, path, inside, "bt", inside.passes)
+        else:
+            yield _product(job, step, path, outside, "ba", chunks(job))
+
+
+def expert_products(job: Job, step: AbstractStep) -> Iterator[Product]:
+    """Yield the products of a mixture of experts: gate, up and down; each device has its experts whole in `d`."""
+    layout = in_layers(layout_of(job, step))
+    layout = replace(
+        layout, rules=replace(layout.rules, activations={**layout.rules.activations, "e": layout.rules.params["e"]})
+    )
+    for path, parameter in step.setup.table.items():
+        if is_of_experts(parameter):
+            yield _product(job, step, path, layout, "bt", layout.passes)
+
+
+def is_of_experts(parameter: Parameter) -> bool:
+    """Whether a parameter is that of many experts; the router is not."""
+    return "e" in parameter.axes and not parameter.leaf.is_router
+
+
+def _product(job: Job, step: AbstractStep, path: str, layout: Layout, rows: str, times: int) -> Product:
+    setup, train = step.setup, job.experiment.train
+    form, parameter = setup.formats.get(path), setup.table[path]
+    return Product(
+        layout,
+        path,
+        parameter,
+        rows,
+        form,
+        setup.policy.activation(path),
+        compute="float32" if parameter.leaf.is_router else train.compute_dtype,
+        stored="float32" if form is None else train.param_dtype,
+        times=times,
+        again=train.rematerialize != "none" and "l" in parameter.axes,
+    )
 
 
 def weight_parts(product: Product) -> Iterator[tuple[str, tuple[str, ...], int]]:

@@ -1,0 +1,137 @@
+"""A mixture of experts in a plan: what `model/experts.py` multiplies, sends and works with on one device.
+
+Each device has the tokens of its group over `expert` (g), and a row (m) for each of their choices; without a capacity
+the rows of other devices' experts are there, too, and come last. Operations are those of an even load.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from research.model.experts import capacity
+from research.plan.products import STREAM, Layout, Product, expert_products, weight_parts
+from research.plan.program import AbstractStep, Job
+from research.quant.grid import bytes_of
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A layer of experts on one device.
+
+    Attributes:
+      tokens: of this device; group: of its group of devices over `expert`; rows: choices that it holds, of `chosen` a
+        token; shared: `tokens` times `chosen`, the rows of its experts where the load is even.
+    """
+
+    gate: Product
+    up: Product
+    down: Product
+    tokens: int
+    group: int
+    chosen: int
+    rows: int
+
+    @property
+    def layout(self) -> Layout:
+        """Where things lie in a layer."""
+        return self.gate.layout
+
+    @property
+    def projections(self) -> tuple[Product, Product, Product]:
+        """Gate, up and down."""
+        return self.gate, self.up, self.down
+
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+        return self.layout.sizes["d"]
+
+    @property
+    def inner(self) -> int:
+        """Size of an expert's inner layer on a device."""
+        return self.down.used("f")
+
+    @property
+    def across(self) -> tuple[str, ...]:
+        """Mesh axes that split an expert's inner layer."""
+        return self.layout.split("f", self.layout.rules.activations)
+
+    @property
+    def integer(self) -> bool:
+        """Whether tokens travel as codes."""
+        return self.gate.activation != "none"
+
+
+def mixture(job: Job, step: AbstractStep) -> Mixture | None:
+    """Return the layer of experts of a model; None where it has none."""
+    sizes = job.architecture.experts
+    if sizes is None:
+        return None
+    gate, up, down = expert_products(job, step)
+    layout = gate.layout
+    tokens, ways = layout.elements("bt", layout.rules.activations), layout.mesh["expert"]
+    rows = tokens * ways * sizes.chosen
+    if factor := job.experiment.train.expert_capacity:
+        all_tokens = layout.sizes["b"] * layout.sizes["t"]
+        rows = min(rows, capacity(sizes, all_tokens, factor) * sizes.experts // ways)
+    return Mixture(gate, up, down, tokens, tokens * ways, sizes.chosen, rows)
+
+
+def expert_flops(mix: Mixture) -> dict[str, float]:
+    """Return the operations of all layers in a micro-batch, by dtype: forward, forward anew and backward."""
+    found: dict[str, float] = {}
+    for product in mix.projections:
+        once = 2.0 * min(mix.tokens * mix.chosen, mix.rows) * mix.width * mix.inner * product.times
+        forward = "int8" if product.integer else product.compute
+        found[forward] = found.get(forward, 0.0) + 2 * once
+        found[product.compute] = found.get(product.compute, 0.0) + 2 * once
+    return found
+
+
+def bytes_at_work(mix: Mixture) -> int:
+    """Return the bytes of the backward pass of one layer of experts: everything between its products is made anew.
+
+    The tokens of the group and the gradient of their outcome, twice each with what is summed; the rows' inputs and
+    outcomes, values and gradients, and six arrays of the inner layer; all weights as they come, decoded, and their
+    float32 gradients.
+    """
+    compute = mix.gate.compute
+    tokens = mix.group * mix.width * (bytes_of(1, compute) + 3 * 4)
+    rows = mix.rows * (mix.width * (2 * bytes_of(1, compute) + 2 * 4) + 6 * mix.inner * bytes_of(1, compute))
+    weights = sum(bytes_of(elements, dtype) for one in mix.projections for dtype, _, elements in weight_parts(one))
+    decoded = sum(one.used(one.letters) for one in mix.projections)
+    return tokens + rows + weights + bytes_of(decoded, compute) + 4 * decoded
+
+
+def sends(mix: Mixture) -> Iterator[tuple[str, tuple[str, ...], str, int, int]]:
+    """Yield kind, mesh axes, dtype, elements and times of what one micro-batch's experts send, but for their input."""
+    times, compute = mix.gate.times, mix.gate.compute
+    group = tuple(axis for axis in ("expert",) if mix.layout.mesh[axis] > 1)
+    tokens = mix.layout.split("bt", mix.layout.rules.activations)
+    elsewhere = tuple(axis for axis in tokens if axis != "expert")
+    # What the router's losses are made of: choices, probabilities, squares, and how many tokens there are.
+    experts = mix.layout.sizes["e"]
+    for dtype, elements, often in (("int32", experts, times), ("float32", experts, times), ("float32", 1, times)):
+        yield "all-reduce", tokens, dtype, elements, often
+    yield "all-reduce", tokens, "int32", 1, 1
+    for product in mix.projections:
+        for dtype, axes, elements in weight_parts(product):
+            yield "all-gather", axes, dtype, elements, 2 * times
+        yield "all-reduce", elsewhere, "float32", product.used(product.letters), times
+    # Tokens, their choices and shares, forward and backward; the gradient of the outcome; what comes back of both.
+    yield "all-gather", group, "int8" if mix.integer else compute, mix.group * mix.width, 2 * times
+    if mix.integer:
+        yield "all-gather", group, "float32", mix.group, 2 * times
+    yield "all-gather", group, "int32", mix.group * mix.chosen, 2 * times
+    yield "all-gather", group, "float32", mix.group * mix.chosen, 2 * times
+    yield "all-gather", group, "float32", mix.group * mix.width, times
+    yield "reduce-scatter", group, "float32", mix.group * mix.width, 2 * times
+    yield "reduce-scatter", group, "float32", mix.group * mix.chosen, times
+    # The gradient of the outcome comes from where the residual stream lies.
+    rules = mix.layout.rules
+    moved = mix.layout.moved(STREAM, rules.residuals, rules.activations)
+    yield "all-gather", moved, compute, mix.tokens * mix.width, times
+    # Where an inner layer is split: the scale of its rounding, and the sums of products, forward and anew.
+    if mix.down.activation != "none":
+        yield "all-reduce", mix.across, "float32", mix.rows, 2 * times
+    yield "all-reduce", mix.across, "int32" if mix.down.integer else compute, mix.rows * mix.width, 2 * times
+    yield "all-reduce", mix.across, "float32", mix.group * mix.width, times
