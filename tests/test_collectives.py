@@ -80,6 +80,37 @@ def test_predicted_is_compiled_on_every_mesh(name: str, mesh: dict[str, int]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", (8, 16))
+@pytest.mark.parametrize(
+    "mesh",
+    ({"stage": 2}, {"stage": 4}, {"stage": 8}, *({"stage": 2, axis: 2} for axis in ("data", "fsdp", "tensor"))),
+    ids=str,
+)
+def test_predicted_is_compiled_through_stages(mesh: dict[str, int], rows: int) -> None:
+    """Each tick of a stage sends what a layer does; what enters and leaves the pipeline is sent once."""
+    planned = tiny_plans.job(replace(TWO_LAYERS, layers=16), W8A8, length=16, batch_size=2 * rows, accumulate=2)
+    plan = compiled(planned, **mesh)
+    assert not told(plan) and not plan.unpredicted
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh"),
+    [
+        (W8A8, {"expert": 2}),
+        *(
+            pytest.param(rules, mesh, marks=pytest.mark.slow)
+            for rules in (FLOAT, W8A8)
+            for mesh in ({"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"expert": 4}, {"expert": 2, "data": 2})
+        ),
+    ],
+    ids=str,
+)
+def test_predicted_is_compiled_for_experts(rules: tuple[Rule, ...], mesh: dict[str, int]) -> None:
+    """No device gets the probabilities of other devices' tokens, or the gradient of a weight that it has a part of."""
+    assert not told(compiled(tiny_plans.job(tiny_plans.MIXTURE, rules, length=16, accumulate=2), **mesh))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ({"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4}), ids=str)
 def test_predicted_is_compiled_under_zero(mesh: dict[str, int]) -> None:
     plan = compiled(tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), **mesh)
@@ -94,6 +125,7 @@ def test_predicted_is_compiled_under_zero(mesh: dict[str, int]) -> None:
         (tiny_plans.job(EIGHT_LAYERS, W8A8, distill=0.5), {"fsdp": 8}, "the teacher's forward pass"),
         (tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2), W8A8), {"tensor": 8}, "gradients of kv heads"),
         (tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), {"replica": 2, "data": 4}, "embedding's look-up"),
+        (tiny_plans.job(tiny_plans.MIXTURE, W8A8), {"fsdp": 2, "tensor": 2}, "the gradients of routers"),
     ),
     ids=lambda value: value if isinstance(value, str) else "",
 )

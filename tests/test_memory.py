@@ -113,6 +113,21 @@ def test_the_estimate_is_within_five_percent_whatever_the_job(name: str) -> None
     assert plan.memory.resident == plan.estimated.resident
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ({"stage": 4}, {"stage": 2, "fsdp": 4}, {"stage": 2, "tensor": 2}), ids=str)
+@pytest.mark.parametrize("name", ("float", "w8a8", "rematerialized"))
+def test_through_stages_it_is_within_nine_percent(name: str, mesh: dict[str, int]) -> None:
+    """What a stage copies of a piece, out of what it saved of all, is more here or less there than the estimate has."""
+    plan = compiled(CASES[name], **mesh)
+    assert abs(error(plan)) < 0.09 and plan.memory.resident == plan.estimated.resident
+
+
+@pytest.mark.slow
+def test_what_stays_of_a_mixture_is_exact() -> None:
+    plan = compiled(tiny_plans.job(tiny_plans.MIXTURE, W8A8, length=16, accumulate=2), expert=2)
+    assert plan.memory.resident == plan.estimated.resident
+
+
 def test_rematerialized_layers_save_their_input_only() -> None:
     less = estimate(tiny_plans.job(EIGHT_LAYERS, FLOAT, rematerialize="full"), ONE)
     assert less.activations < estimate(tiny_plans.job(EIGHT_LAYERS, FLOAT), ONE).activations / 2

@@ -20,6 +20,7 @@ from research.plan.plan import (
     rank,
     sweep,
 )
+from research.plan.program import Job
 
 W8A8 = tiny.W8A8
 
@@ -68,6 +69,33 @@ def test_operations_are_those_of_the_compiler_where_no_loop_hides_them() -> None
     plain = tiny_plans.lowered_flops(planned)
     ours = sum(step_flops(planned, step).values())
     assert ours < plain < 1.05 * ours
+
+
+def test_operations_of_a_mixture_are_those_of_the_chosen() -> None:
+    """Gate, up and down of two experts a token: forward and anew in codes, and the two gradients in floats."""
+    planned, a = tiny_plans.job(tiny_plans.MIXTURE, W8A8, length=16), tiny_plans.MIXTURE
+    dense = step_flops(replace(planned, architecture=replace(a, experts=None)), shapes_on(planned, ONE))
+    assert a.experts is not None
+    one = 2 * 16 * 16 * 3 * a.width * a.feed_forward * a.layers
+    found = step_flops(planned, shapes_on(planned, ONE))
+    assert found["int8"] - dense["int8"] == a.experts.chosen * 2 * one
+    assert found["float32"] - dense["float32"] == a.experts.chosen * 2 * one
+    halved = step_flops(planned, shapes_on(planned, ONE | {"expert": 2}))
+    assert halved["int8"] == found["int8"] / 2 and halved["float32"] == found["float32"] / 2
+
+
+def test_a_stage_works_on_its_layers_and_through_the_bubble() -> None:
+    """Of eight layers two, sixteen pieces in nineteen ticks; head and embedding shared out as rows are."""
+    planned = tiny_plans.job(EIGHT_LAYERS, tiny.FLOAT)
+    ones = {layers: step_flops(_of(planned, layers), shapes_on(_of(planned, layers), ONE)) for layers in (8, 4)}
+    of_layers = 2 * (ones[8]["float32"] - ones[4]["float32"])
+    head = ones[8]["float32"] - of_layers
+    found = step_flops(planned, shapes_on(planned, ONE | {"stage": 4}))["float32"]
+    assert found == pytest.approx(of_layers / 4 * 19 / 16 + head / 4, rel=1e-12)
+
+
+def _of(planned: Job, layers: int) -> Job:
+    return replace(planned, architecture=replace(planned.architecture, layers=layers))
 
 
 def test_time_is_what_the_rates_say() -> None:

@@ -69,6 +69,15 @@ def test_a_tpu_sends_what_was_predicted(bfloat16: Job) -> None:
 
 
 @pytest.mark.topology
+def test_experts_on_a_tpu_take_what_was_estimated(bfloat16: Job) -> None:
+    """Two layers of Mixtral, the peak within an eighth: one layer's work is half of it there, as in no real model."""
+    mixtral = replace(ARCHITECTURES["mixtral-8x7b"], layers=2)
+    plan = planned_on("v5p:2x2x2", replace(bfloat16, architecture=mixtral), fsdp=2, expert=4)
+    assert plan.memory.resident - plan.memory.other == plan.estimated.resident - plan.estimated.other
+    assert plan.estimated.peak == pytest.approx(plan.memory.peak, rel=1 / 8)
+
+
+@pytest.mark.topology
 def test_what_was_compiled_is_kept(bfloat16: Job, tmp_path: Path) -> None:
     first = planned_on("v5e:2x2", bfloat16, tmp_path, tensor=4)
     second = planned_on("v5e:2x2", bfloat16, tmp_path, tensor=4)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import tiny_training as tiny
 
-from research.architecture import Architecture
+from research.architecture import Architecture, ExpertSizes
 from research.config import Experiment, MeshConfig, Rule, TaskConfig, TrainConfig
 from research.mesh import make_mesh, sizes
 from research.plan.hardware import Hardware
@@ -18,6 +18,7 @@ EIGHT_LAYERS = Architecture(
     vocabulary=2048, width=256, layers=8, query_heads=8, kv_heads=8, head_width=32, feed_forward=1024, context=512
 )
 TWO_LAYERS = replace(tiny.ARCHITECTURE, width=32, head_width=8)
+MIXTURE = replace(TWO_LAYERS, experts=ExpertSizes(experts=8, chosen=2))
 
 ONE = sizes(MeshConfig())
 """A mesh of one device."""

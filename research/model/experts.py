@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from research.architecture import ExpertSizes
-from research.model.sharding import free, per_device, place, split, ways_of
+from research.model.sharding import axes_of, free, per_device, place, split, ways_of
 from research.quant.activations import dequantize_tokens, quantize_tokens
 from research.quant.grid import GRIDS
 from research.quant.nodes import Quantized, Weight, dense
@@ -179,11 +179,9 @@ def _mix_fwd(how: Mix, x: Weight, routing: Routing, gate: Weight, up: Weight, do
 
 def _mix_bwd(how: Mix, residuals: tuple[Any, ...], gradient_btd: jax.Array):
     x, routing, *weights = residuals
-    lies = [where for where, _ in how.projections]
-    used = [where for _, where in how.projections]
-    outputs = (how.tokens, how.tokens, *used)
+    outputs = (how.tokens, how.tokens, *(lies for lies, _ in how.projections))
     dx, dshare, *dws = _on_devices(how, _gradients, outputs, x, routing, *weights, gradient_btd)
-    dws = [_cotangent(w, place(dw, where)) for w, dw, where in zip(weights, dws, lies, strict=True)]
+    dws = [_cotangent(w, dw) for w, dw in zip(weights, dws, strict=True)]
     return _cotangent(x, dx), Routing(None, dshare), *dws  # pyright: ignore[reportArgumentType]
 
 
@@ -244,8 +242,19 @@ def _gradients(how: Mix, x: Weight, routing: Routing, *parts: Any) -> tuple[jax.
     (dx_gd, *dws), dshare_gj = jax.vjp(run, values, routing.share_btj)[1](gradient_gd)
     shape = gradient_btd.shape[:2]
     dx_gd = jax.lax.psum(dx_gd.astype(jnp.float32), how.inner) if how.inner else dx_gd.astype(jnp.float32)
-    dws = [jax.lax.psum(dw.astype(jnp.float32), how.elsewhere) if how.elsewhere else dw for dw in dws]
+    dws = [_to_shards(how, dw.astype(jnp.float32), *places) for dw, places in zip(dws, how.projections, strict=True)]
     return *(_back_to_tokens(part).reshape(*shape, -1) for part in (dx_gd, dshare_gj)), *dws
+
+
+def _to_shards(how: Mix, dw: jax.Array, lies: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """Return the sum over the devices that hold other tokens, of the part that this device keeps of the weight."""
+    rest = how.elsewhere
+    for dimension, (kept, whole) in enumerate(zip(lies, used, strict=True)):
+        scattered = tuple(axis for axis in axes_of(kept) if axis not in axes_of(whole))
+        if scattered:
+            dw = jax.lax.psum_scatter(dw, scattered, scatter_dimension=dimension, tiled=True)
+            rest = tuple(axis for axis in rest if axis not in scattered)
+    return jax.lax.psum(dw, rest) if rest else dw
 
 
 def _gathered(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from research.plan.hlo import Collective, merged
-from research.plan.mixtures import mixture, sends
+from research.plan.mixtures import least_sends, mixture, sends
 from research.plan.products import (
     STREAM,
     Layout,
@@ -110,6 +110,8 @@ def least(job: Job, step: AbstractStep) -> list[Collective]:
         if stream := [*_stream(product, product.y, product.parameter.contract, rounded=False)]:
             streams[block, "out"] = stream
     found += [one for several in streams.values() for one in several]
+    mix = mixture(job, step)
+    found += [_one(*sent) for sent in least_sends(mix)] if mix else []
     return merged(replace(one, times=one.times * parts) for one in found if one.axes and one.bytes)
 
 

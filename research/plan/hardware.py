@@ -30,6 +30,8 @@ class Hardware:
     """Bytes a second that one device sends while it receives as many."""
     source: str
     utilisation: float = 0.68
+    update_trees: int = 2
+    """Float32 trees that a compiled update holds at once beside the state: a TPU's compiler fuses two into one."""
 
     def seconds_of(self, flops: Mapping[str, float]) -> float:
         """Return the time that matrix products take, operations by dtype."""
@@ -46,7 +48,8 @@ def _tpu(name: str, bfloat16: float, int8: float, gib: float, memory_gbps: float
     """`gib`: what the compiler lets a program use."""
     rates = {"float32": bfloat16 * _T / 6, "bfloat16": bfloat16 * _T, "int8": int8 * _T}
     # The inter-chip figure counts both directions of all links together.
-    return Hardware(name, rates, int(gib * 2**30), memory_gbps * 1e9, ici_gbit * 1e9 / 8 / 2, _GOOGLE)
+    links = ici_gbit * 1e9 / 8 / 2
+    return Hardware(name, rates, int(gib * 2**30), memory_gbps * 1e9, links, _GOOGLE, update_trees=1)
 
 
 HARDWARE = {

@@ -76,11 +76,11 @@ def shapes_on(job: Job, sizes: Mapping[str, int]) -> AbstractStep:
         return abstract_step(job, mesh)
 
 
-def estimate_step(job: Job, step: AbstractStep) -> Memory:
-    """Return the bytes of a step that `shapes_on` made."""
+def estimate_step(job: Job, step: AbstractStep, update_trees: int = 2) -> Memory:
+    """Return the bytes of a step that `shapes_on` made; `update_trees`: as in `Hardware`."""
     with jax.sharding.use_abstract_mesh(step.mesh):
         forward = _forward_and_backward(job, step)
-    update = _update(job, step)
+    update = _update(job, step, update_trees)
     return replace(resident(step), activations=max(forward, update), busiest="add" if forward >= update else "update")
 
 
@@ -146,12 +146,11 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     mix = mixture(job, step)
     of_experts = bytes_at_work(mix) if mix else 0
     at_work = of_layer // 2 + anew + whole + of_piece + of_experts + _gathered(job, step)
-    # Beside the sums that they are added to, or that they become, widened.
+    # Beside the sums that they are added to. Where there is nothing to add to they become the sums, at the end.
     gradients = sum(
-        bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path))
-        for path, p in table.items()
-        if step.given or _gradient_dtype(step, path) != "float32"
+        bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path)) for path, p in table.items()
     )
+    gradients = gradients if step.given else 0
     return saved + max(gradients + of_head + at_work, _head_bytes(job, step))
 
 
@@ -246,7 +245,7 @@ def _head_bytes(job: Job, step: AbstractStep) -> int:
     return 3 * logits + gathered + gradient * (1 if chunk == job.answer_tokens else 2)
 
 
-def _update(job: Job, step: AbstractStep) -> int:
+def _update(job: Job, step: AbstractStep, trees: int) -> int:
     """Return the bytes that the update takes besides: float32 trees of latents, more for moments and scales in codes.
 
     A gradient and a step of each leaf; of quantized leaves that no axis splits the compiler makes one of both. Latents
@@ -262,5 +261,5 @@ def _update(job: Job, step: AbstractStep) -> int:
             held = _local_size(parameter, whole=False)
             total += kept + bytes_of(held, form.grid.code_dtype) + 4 * held
         else:
-            total += kept if is_whole and form is not None else 2 * kept
+            total += kept if is_whole and form is not None else trees * kept
     return total

@@ -90,16 +90,29 @@ def expert_flops(mix: Mixture) -> dict[str, float]:
 def bytes_at_work(mix: Mixture) -> int:
     """Return the bytes of the backward pass of one layer of experts: everything between its products is made anew.
 
-    The tokens of the group and the gradient of their outcome, twice each with what is summed; the rows' inputs and
-    outcomes, values and gradients, and six arrays of the inner layer; all weights as they come, decoded, and their
-    float32 gradients.
+    The tokens of the group, and in float32 their outcome, its gradient and that of the input; the rows' inputs and
+    their gradients, and in float32 outcomes and theirs; three arrays of the inner layer; the weights as they come,
+    decoded, and their gradients. As a TPU has it; a CPU multiplies every row with every expert.
     """
-    compute = mix.gate.compute
-    tokens = mix.group * mix.width * (bytes_of(1, compute) + 3 * 4)
-    rows = mix.rows * (mix.width * (2 * bytes_of(1, compute) + 2 * 4) + 6 * mix.inner * bytes_of(1, compute))
+    compute = bytes_of(1, mix.gate.compute)
+    tokens = mix.group * mix.width * (compute + 3 * 4)
+    rows = mix.rows * (mix.width * (2 * compute + 2 * 4) + 3 * mix.inner * compute)
     weights = sum(bytes_of(elements, dtype) for one in mix.projections for dtype, _, elements in weight_parts(one))
-    decoded = sum(one.used(one.letters) for one in mix.projections)
-    return tokens + rows + weights + bytes_of(decoded, compute) + 4 * decoded
+    values = sum(one.used(one.letters) * (compute + bytes_of(1, one.stored)) for one in mix.projections)
+    return tokens + rows + weights + values
+
+
+def least_sends(mix: Mixture) -> Iterator[tuple[str, tuple[str, ...], str, int, int]]:
+    """Yield, as `sends` does, what the layout needs at least: weights, their gradients, tokens there and back."""
+    times, compute = mix.gate.times, mix.gate.compute
+    group = tuple(axis for axis in ("expert",) if mix.layout.mesh[axis] > 1)
+    for product in mix.projections:
+        dtype = product.stored if product.form is None else product.form.held_dtype
+        yield "all-gather", product.gathered, dtype, product.used(product.letters), 2 * times
+        yield "reduce-scatter", product.gathered, product.stored, product.used(product.letters), times
+    yield "all-gather", group, "int8" if mix.integer else compute, mix.group * mix.width, times
+    yield "reduce-scatter", group, compute, mix.group * mix.width, 2 * times
+    yield "all-gather", group, compute, mix.group * mix.width, times
 
 
 def sends(mix: Mixture) -> Iterator[tuple[str, tuple[str, ...], str, int, int]]:
@@ -116,7 +129,9 @@ def sends(mix: Mixture) -> Iterator[tuple[str, tuple[str, ...], str, int, int]]:
     for product in mix.projections:
         for dtype, axes, elements in weight_parts(product):
             yield "all-gather", axes, dtype, elements, 2 * times
-        yield "all-reduce", elsewhere, "float32", product.used(product.letters), times
+        whole, rest = product.used(product.letters), tuple(a for a in elsewhere if a not in product.gathered)
+        yield "reduce-scatter", product.gathered, "float32", whole, times
+        yield "all-reduce", rest, "float32", whole // mix.layout.ways(product.gathered), times
     # Tokens, their choices and shares, forward and backward; the gradient of the outcome; what comes back of both.
     yield "all-gather", group, "int8" if mix.integer else compute, mix.group * mix.width, 2 * times
     if mix.integer:
