@@ -41,7 +41,7 @@ def test_a_mesh_of_any_size_needs_no_device() -> None:
     planned = tiny_plans.job(EIGHT_LAYERS, FLOAT, batch_size=4096)
     before = len(jax.live_arrays())
     few, many = (estimate(planned, ONE | {"fsdp": ways}) for ways in (8, 256))
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before  # others may be collected meanwhile
     assert many.peak < few.peak / 8 and many.parameters * 32 == few.parameters
 
 

@@ -72,7 +72,8 @@ def test_a_tpu_sends_what_was_predicted(bfloat16: Job) -> None:
 def test_experts_on_a_tpu_take_what_was_estimated(bfloat16: Job) -> None:
     """Two layers of Mixtral, the peak within an eighth: one layer's work is half of it there, as in no real model."""
     mixtral = replace(ARCHITECTURES["mixtral-8x7b"], layers=2)
-    plan = planned_on("v5p:2x2x2", replace(bfloat16, architecture=mixtral), fsdp=2, expert=4)
+    longer = replace(bfloat16.experiment, task=TaskConfig(lengths=(2048,)))
+    plan = planned_on("v5p:2x2x2", Job(longer, mixtral), fsdp=2, expert=4)
     assert plan.memory.resident - plan.memory.other == plan.estimated.resident - plan.estimated.other
     assert plan.estimated.peak == pytest.approx(plan.memory.peak, rel=1 / 8)
 
