@@ -13,6 +13,7 @@ from research.mesh import all_shapes
 from research.plan.cost import sent_bytes, step_flops
 from research.plan.hlo import Collective
 from research.plan.memory import shapes_on
+from research.plan.picture import MOST_BARS, plans_figure
 from research.plan.plan import (
     describe_misfit,
     estimate_plan,
@@ -33,6 +34,12 @@ def test_a_sweep_has_every_mesh_ranked_and_every_reason() -> None:
     assert plans == sorted(plans, key=rank) and len(plans) > 1
     reasons = {one.mesh["fsdp"]: one.reason for one in impossible}
     assert "width d=33 doesn't divide over mesh.fsdp=2" in reasons[2]
+
+
+def test_a_picture_tells_of_the_meshes_that_it_leaves_out() -> None:
+    plan = estimate_plan(tiny_plans.job(TWO_LAYERS, W8A8), ONE, DEVICE)
+    assert plans_figure([plan] * (MOST_BARS + 1)).get_supxlabel().startswith(f"the best {MOST_BARS} of {MOST_BARS + 1}")
+    assert not plans_figure([plan] * MOST_BARS).get_supxlabel()
 
 
 def test_rows_that_do_not_divide_are_a_reason() -> None:

@@ -18,12 +18,13 @@ MOST_BARS = 24
 
 
 def plot_plans(plans: Sequence[Plan], path: Path) -> None:
-    """Write the PNG `path`; of many plans the first `MOST_BARS`."""
-    save_figure(plans_figure(plans[:MOST_BARS]), path)
+    """Write the PNG `path`."""
+    save_figure(plans_figure(plans), path)
 
 
 def plans_figure(plans: Sequence[Plan]) -> Figure:
-    """Return the figure: stacked bars of memory beside those of time, a row for each mesh."""
+    """Return the figure: stacked bars of memory beside those of time, a row for each of the first `MOST_BARS` meshes."""
+    plans, meshes = plans[:MOST_BARS], len(plans)
     figure = Figure(figsize=(11, 2.0 + 0.45 * len(plans)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -31,6 +32,8 @@ def plans_figure(plans: Sequence[Plan]) -> Figure:
     _draw_memory(left, names, plans)
     _draw_time(right, names, plans)
     left.invert_yaxis()  # shared
+    if meshes > len(plans):
+        figure.supxlabel(f"the best {len(plans)} of {meshes} meshes; the table has them all", fontsize=10)
     for axes in (left, right):
         style_axes(axes)
         axes.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
@@ -59,4 +62,5 @@ def _draw_time(axes: Axes, names: Sequence[str], plans: Sequence[Plan]) -> None:
     start = [max(plan.cost.multiply_seconds, plan.cost.memory_seconds) for plan in plans]
     link = [plan.cost.link_seconds for plan in plans]
     axes.barh(range(len(names)), link, left=start, color=_TIMES["link"], label="between devices")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("predicted time of a step (s)", fontsize=11)
