@@ -23,7 +23,7 @@ def plot_plans(plans: Sequence[Plan], path: Path) -> None:
 
 
 def plans_figure(plans: Sequence[Plan]) -> Figure:
-    """Return the figure: stacked bars of memory beside those of time, a row for each of the first `MOST_BARS` meshes."""
+    """Return the figure: stacked bars of memory beside those of time, a row for each of the first meshes."""
     plans, meshes = plans[:MOST_BARS], len(plans)
     figure = Figure(figsize=(11, 2.0 + 0.45 * len(plans)), layout="constrained")
     FigureCanvasAgg(figure)
