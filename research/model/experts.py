@@ -19,7 +19,7 @@ from research.architecture import ExpertSizes
 from research.model.sharding import axes_of, free, per_device, place, split, ways_of
 from research.quant.activations import dequantize_tokens, quantize_tokens
 from research.quant.grid import GRIDS
-from research.quant.nodes import Quantized, Weight, dense
+from research.quant.nodes import Quantized, Weight, cotangent, dense
 
 AXIS = "expert"
 
@@ -181,18 +181,11 @@ def _mix_bwd(how: Mix, residuals: tuple[Any, ...], gradient_btd: jax.Array):
     x, routing, *weights = residuals
     outputs = (how.tokens, how.tokens, *(lies for lies, _ in how.projections))
     dx, dshare, *dws = _on_devices(how, _gradients, outputs, x, routing, *weights, gradient_btd)
-    dws = [_cotangent(w, dw) for w, dw in zip(weights, dws, strict=True)]
-    return _cotangent(x, dx), Routing(None, dshare), *dws  # pyright: ignore[reportArgumentType]
+    dws = [cotangent(w, dw) for w, dw in zip(weights, dws, strict=True)]
+    return cotangent(x, dx), Routing(None, dshare), *dws  # pyright: ignore[reportArgumentType]
 
 
 mix.defvjp(_mix_fwd, _mix_bwd)
-
-
-def _cotangent(w: Weight, gradient: jax.Array) -> Weight:
-    """Return a gradient in the place of what it belongs to: None is no cotangent, as for all integers and scales."""
-    if not isinstance(w, Quantized):
-        return gradient.astype(w.dtype)
-    return Quantized(gradient.astype(w.dtype), None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
 
 
 def _on_devices(how: Mix, function: Callable, outputs: Any, x: Weight, routing: Routing, *parts: Any) -> Any:
@@ -346,7 +339,7 @@ def _grouped_bwd(across: tuple[str, ...], dtype: jnp.dtype, residuals: tuple[Any
     x, w, rows = residuals
     factors = dense(x).astype(dtype), dense(w).astype(dtype)
     dx, dw = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, rows.count_e), *factors)[1](gradient)
-    return _cotangent(x, dx), _cotangent(w, dw), _Rows(None, None)  # pyright: ignore[reportArgumentType]
+    return cotangent(x, dx), cotangent(w, dw), _Rows(None, None)  # pyright: ignore[reportArgumentType]
 
 
 grouped.defvjp(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from research.axes import MeshAxes
-from research.model.sharding import explicit, per_device, place, ways_of
+from research.model.sharding import explicit, per_device, place, reshape, ways_of
 
 AXIS = "stage"
 _PIECES_PER_STAGE = 4  # at most: the bubble is then a fifth, and smaller products are slower ones
@@ -95,8 +95,8 @@ def _joined(x: jax.Array, ways: int, spec: PartitionSpec) -> jax.Array:
 
 
 def _reshaped(x: jax.Array, shape: tuple[int, ...], entries: tuple[MeshAxes, ...], instead_of: int) -> jax.Array:
-    """Return `x` with other first axes, split as `entries` say, which Explicit mesh axes need to be told."""
-    return jax.lax.reshape(x, shape, out_sharding=explicit(PartitionSpec(*entries, *_entries(x)[instead_of:])))
+    """Return `x` with other first axes, split as `entries` say, instead of its first `instead_of`."""
+    return reshape(x, shape, PartitionSpec(*entries, *_entries(x)[instead_of:]))
 
 
 def _with_rows(x: jax.Array, spec: PartitionSpec) -> jax.Array:

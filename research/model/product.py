@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from research.model.sharding import explicit, ways_of
+from research.model.sharding import explicit, reshape, ways_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Product:
 
         def matrix(array: jax.Array, left: str, right: str) -> jax.Array:
             shape = prod(array.shape[: len(left)]), prod(array.shape[len(left) :])
-            return _reshape(array, shape, PartitionSpec(self.entry(left[0]), self.entry(right[0])))
+            return reshape(array, shape, PartitionSpec(self.entry(left[0]), self.entry(right[0])))
 
         inner_first = self.w == orders[0]
         rd = matrix(x, self.rows, self.inner)
@@ -104,11 +104,7 @@ class Product:
         spec = PartitionSpec(self.entry(self.rows[0]), self.entry(self.columns[0]))
         rc = multiply("rd,dc->rc" if inner_first else "rd,cd->rc", rd, matrix(w, *w_axes), spec, dtype)
         sizes = dict(zip(self.x + self.w, (*x.shape, *w.shape), strict=True))
-        return _reshape(rc, tuple(sizes[axis] for axis in self.y), self.spec)
-
-
-def _reshape(array: jax.Array, shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
-    return jax.lax.reshape(array, shape, out_sharding=explicit(spec))
+        return reshape(rc, tuple(sizes[axis] for axis in self.y), self.spec)
 
 
 def multiply(subscripts: str, a: jax.Array, b: jax.Array, spec: PartitionSpec, dtype: str | None = None) -> jax.Array:

@@ -21,7 +21,7 @@ from research.model.inputs import Input, prepare
 from research.model.product import Product, Route, beside, count_blocks
 from research.model.sharding import place, split, ways_of, whole
 from research.quant.activations import dequantize_tokens, statistic_of
-from research.quant.nodes import Quantized, Weight, dense
+from research.quant.nodes import Quantized, Weight, cotangent, dense
 
 W = TypeVar("W", bound=Weight)
 
@@ -83,11 +83,7 @@ def _gradients(product: Product, x: jax.Array, w: Weight, gradient: jax.Array) -
     # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
     dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
     dw = dw if route is None else place(dw, route.w)
-    if not isinstance(w, Quantized):
-        return dx, dw.astype(w.dtype)
-    value = None if w.value is None else dw.astype(w.dtype)
-    # None: no cotangent, as for all integers, and for the scale, which the value doesn't depend on here
-    return dx, Quantized(value, None, None, w.grid, w.dtype)  # pyright: ignore[reportArgumentType]
+    return dx, cotangent(w, None if isinstance(w, Quantized) and w.value is None else dw)
 
 
 # The weight is kept for the backward pass as it lies: what was gathered is gathered again.
@@ -124,7 +120,7 @@ def _integer_product_bwd(product: Product, residuals: tuple[Quantized, Quantized
     x, w = residuals
     assert x.scale is not None
     dx, dw = _gradients(product, dequantize_tokens(x.codes, x.scale, product.dtype), w, gradient)
-    return Quantized(dx, None, None, x.grid, x.dtype), dw  # pyright: ignore[reportArgumentType]
+    return cotangent(x, dx), dw  # pyright: ignore[reportReturnType]
 
 
 _integer_product.defvjp(_integer_product_fwd, _integer_product_bwd)

@@ -75,6 +75,11 @@ def place(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     return array if jax.typeof(array).sharding.spec == told else jax.sharding.reshard(array, told)
 
 
+def reshape(array: jax.Array, shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+    """Return `array` in another shape; `spec` is its sharding, which only Explicit mesh axes need."""
+    return jax.lax.reshape(array, shape, out_sharding=explicit(spec))
+
+
 def split(parts: Any, spec: PartitionSpec) -> Any:
     """Return arrays of one shape, codes and scales, split as `spec` says; where a scale is shared nothing is split."""
 

@@ -12,7 +12,7 @@ lies and not where it is used, and a sum over a letter that is split is reduced 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from research.plan.hlo import Collective, merged
+from research.plan.hlo import Collective, merged, sent
 from research.plan.mixtures import least_sends, mixture, sends
 from research.plan.products import (
     STREAM,
@@ -27,23 +27,10 @@ from research.plan.products import (
 )
 from research.plan.program import AbstractStep, Job
 from research.quant.activations import group_size, statistic_of
-from research.quant.grid import bytes_of
 
 KNOWN_AXES = ("replica", "stage", "data", "fsdp", "expert", "tensor")
 """Mesh axes whose traffic is predicted. Of `context` all is but token ids and answers."""
 
-HLO_NAMES = {
-    "float32": "f32",
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "int8": "s8",
-    "int4": "s4",
-    "uint4": "u4",
-    "int32": "s32",
-    "bool": "pred",
-    "float8_e4m3fn": "f8e4m3fn",
-    "float8_e5m2": "f8e5m2",
-}
 _HEADS = {"layers/attention/q_norm/scale_h": "btn", "layers/attention/k_norm/scale_h": "btk"}
 """Norms of heads: axes of what they norm, but for h."""
 LOSS_REDUCTIONS = 3  # maximum, sum of exponentials and the target's logit
@@ -85,7 +72,7 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
         inputs[_input(product), product.x] = product
     mix = mixture(job, step)
     if mix is not None:
-        micro += [_one(*sent) for sent in sends(mix)]
+        micro += sends(mix)
         inputs[_input(mix.gate), mix.gate.x] = mix.gate
     for product in inputs.values():
         micro += _of_input(product)
@@ -96,12 +83,13 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
 def least(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives that the layout needs at least, `merged`; scalars and norms are left out."""
     parts = job.experiment.train.accumulate
-    found = [*_of_ring(job, step, in_layers(layout_of(job, step))), *_of_stages(job, layout_of(job, step))]
+    layout = layout_of(job, step)
+    found = [*_of_ring(job, step, in_layers(layout)), *_of_stages(job, layout)]
     streams: dict[tuple[str, str], list[Collective]] = {}
     for product in products(job, step):
         dtype = product.stored if product.form is None else product.form.held_dtype
         gathers = 1 if product.is_head else 2 * product.times
-        found.append(_one("all-gather", product.gathered, dtype, product.used(product.letters), gathers))
+        found.append(sent("all-gather", product.gathered, dtype, product.used(product.letters), gathers))
         found += _gradient("reduce-scatter", product)
         # The products of a block that share an input share what is sent of it, and the sum of its gradient.
         block, is_rounded = product.path.rpartition("/")[0], product.activation != "none"
@@ -111,7 +99,7 @@ def least(job: Job, step: AbstractStep) -> list[Collective]:
             streams[block, "out"] = stream
     found += [one for several in streams.values() for one in several]
     mix = mixture(job, step)
-    found += [_one(*sent) for sent in least_sends(mix)] if mix else []
+    found += least_sends(mix) if mix else []
     return merged(replace(one, times=one.times * parts) for one in found if one.axes and one.bytes)
 
 
@@ -120,14 +108,10 @@ def _stream(product: Product, letters: str, over: str, *, rounded: bool) -> Iter
     layout, rules = product.layout, product.layout.rules
     axes, moved = layout.split(over, rules.activations), layout.moved(letters, layout.lies(letters), rules.activations)
     if moved:
-        yield _one("all-gather", moved, "int8" if rounded else product.compute, product.used(letters), product.times)
-        yield _one("reduce-scatter", moved, product.compute, product.used(letters), product.times)
+        yield sent("all-gather", moved, "int8" if rounded else product.compute, product.used(letters), product.times)
+        yield sent("reduce-scatter", moved, product.compute, product.used(letters), product.times)
     elif axes:
-        yield _one("all-reduce", axes, product.compute, product.used(letters), product.times)
-
-
-def _one(kind: str, axes: tuple[str, ...], dtype: str, elements: int, times: int = 1) -> Collective:
-    return Collective(kind, axes, HLO_NAMES[dtype], bytes_of(elements, dtype), times)
+        yield sent("all-reduce", axes, product.compute, product.used(letters), product.times)
 
 
 def _input(product: Product) -> str:
@@ -147,13 +131,13 @@ def _of_input(product: Product) -> Iterator[Collective]:
     rounded, group = product.activation != "none", group_size(product.activation)
     if rounded and not group:  # the largest of a token; or, where the scale is given, whether it is finite
         dtype = "bool" if statistic_of(product.activation) else "float32"
-        yield _one("all-reduce", partial, dtype, product.used(product.rows), times)
-    yield _one("all-gather", moved, "int8" if rounded else product.compute, product.used(product.x), times)
+        yield sent("all-reduce", partial, dtype, product.used(product.rows), times)
+    yield sent("all-gather", moved, "int8" if rounded else product.compute, product.used(product.x), times)
     if rounded:
         dtype, scales = (
             ("float16", product.used(product.x) // group) if group else ("float32", product.used(product.rows))
         )
-        yield _one("all-gather", moved, dtype, scales, times)
+        yield sent("all-gather", moved, dtype, scales, times)
 
 
 def _of_product(product: Product) -> Iterator[Collective]:
@@ -162,16 +146,16 @@ def _of_product(product: Product) -> Iterator[Collective]:
     # The weight is gathered in both passes. What a layer computes anew finds it gathered; that of the head, whose
     # passes are one, stands before the loop over its chunks.
     for dtype, axes, elements in weight_parts(product):
-        yield _one("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * times)
+        yield sent("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * times)
     # Nothing in a layer depends on what ends it, so that isn't computed anew.
     outputs = (2 if product.again and product.parameter.contract != "f" else 1) * times
     partial = layout.split(product.parameter.contract, rules.activations)
     sums = "float32" if product.of_blocks else "int32" if product.integer else product.compute
-    yield _one("all-reduce", partial, sums, product.used(product.y), outputs)
+    yield sent("all-reduce", partial, sums, product.used(product.y), outputs)
     # Backward: the gradient of the output comes to where the product is, that of the input is a sum over what is kept.
     moved = layout.moved(product.y, layout.lies(product.y), rules.activations)
-    yield _one("all-gather", moved, product.compute, product.used(product.y), times)
-    yield _one(
+    yield sent("all-gather", moved, product.compute, product.used(product.y), times)
+    yield sent(
         "all-reduce", layout.split(product.kept, rules.activations), product.compute, product.used(product.x), times
     )
     yield from _gradient("all-reduce", product)
@@ -180,10 +164,10 @@ def _of_product(product: Product) -> Iterator[Collective]:
 def _gradient(kind: str, product: Product) -> Iterator[Collective]:
     """Sum a weight's gradient: whole over the axes that it is gathered over, then its shard over the others."""
     layout, whole = product.layout, product.used(product.letters)
-    yield _one(kind, product.gathered, product.stored, whole, product.times)
+    yield sent(kind, product.gathered, product.stored, whole, product.times)
     for letter in product.rows:
         rest = tuple(a for a in layout.split(letter, layout.rules.activations) if a not in product.gathered)
-        yield _one("all-reduce", rest, product.stored, whole // layout.ways(product.gathered), product.times)
+        yield sent("all-reduce", rest, product.stored, whole // layout.ways(product.gathered), product.times)
 
 
 def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -192,13 +176,13 @@ def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collectiv
     ring, heads = layout.split("t", rules.activations), "n" if step.setup.settings.heads.copies > 1 else "k"
     kept, steps = layout.elements(f"bt{heads}h", rules.activations), layout.passes * (layout.ways(ring) - 1)
     passes = 3 if train.rematerialize != "none" else 2
-    yield _one(
+    yield sent(
         "collective-permute", ring, train.compute_dtype if grid is None else grid.code_dtype, kept, 2 * passes * steps
     )
     if grid is not None:
         scales = layout.elements(f"bt{heads}", rules.activations)
-        yield _one("collective-permute", ring, "float16", scales, 2 * passes * steps)
-    yield _one("collective-permute", ring, "float32", kept, 2 * (steps + layout.passes))
+        yield sent("collective-permute", ring, "float16", scales, 2 * passes * steps)
+    yield sent("collective-permute", ring, "float32", kept, 2 * (steps + layout.passes))
 
 
 def _of_stages(job: Job, layout: Layout) -> Iterator[Collective]:
@@ -209,31 +193,31 @@ def _of_stages(job: Job, layout: Layout) -> Iterator[Collective]:
     """
     if layout.mesh["stage"] == 1:
         return
-    axis, dtype, rules, inner = ("stage",), job.experiment.train.compute_dtype, layout.rules, in_layers(layout)
-    yield _one("collective-permute", axis, dtype, inner.elements(STREAM, rules.residuals), 2 * inner.ticks)
+    axis, stages, dtype = ("stage",), layout.mesh["stage"], job.experiment.train.compute_dtype
+    rules, inner = layout.rules, in_layers(layout)
+    yield sent("collective-permute", axis, dtype, inner.elements(STREAM, rules.residuals), 2 * inner.ticks)
     whole = layout.elements(STREAM, rules.residuals)
-    yield _one("all-gather", axis, dtype, whole, 3)
-    stages = layout.mesh["stage"]
+    yield sent("all-gather", axis, dtype, whole, 3)
     # Each stage's share comes from where it lies and goes back, past all others; between two XLA does so twice.
-    yield _one("collective-permute", axis, dtype, whole // stages, max(4, 2 * (stages - 1)))
-    yield _one("all-gather", axis, "int32", layout.elements("bt", {**rules.activations, "b": rules.residuals["b"]}), 3)
+    yield sent("collective-permute", axis, dtype, whole // stages, max(4, 2 * (stages - 1)))
+    yield sent("all-gather", axis, "int32", layout.elements("bt", {**rules.activations, "b": rules.residuals["b"]}), 3)
 
 
 def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """Norms: a float32 vector each, gathered in all passes, its gradient summed; and the last one's outcome."""
-    again, outside = job.experiment.train.rematerialize != "none", layout
+    again, outside, inside = job.experiment.train.rematerialize != "none", layout, in_layers(layout)
     for path, parameter in step.setup.table.items():
-        layout = in_layers(outside) if "l" in parameter.axes else outside
-        rules = layout.rules
         if not parameter.contract:
+            layout = inside if "l" in parameter.axes else outside
+            rules = layout.rules
             letter = parameter.axes[-1]  # d, or h where it is that of heads: their gradient is summed over heads, too
             stream = {**rules.residuals, "b": rules.activations["b"]}
             summed, table = ("bt", stream) if letter == "d" else (_HEADS[path], rules.activations)
             gathered, width = layout.moved(letter, rules.params, rules.activations), layout.sizes[letter]
             times = layout.passes if "l" in parameter.axes else 1
-            yield _one("all-gather", gathered, "float32", width, (3 if again and "l" in parameter.axes else 2) * times)
+            yield sent("all-gather", gathered, "float32", width, (3 if again and "l" in parameter.axes else 2) * times)
             for over in summed:
-                yield _one("all-reduce", layout.split(over, table), "float32", width, times)
+                yield sent("all-reduce", layout.split(over, table), "float32", width, times)
     yield _whole_stream(job, outside)
 
 
@@ -241,7 +225,7 @@ def _whole_stream(job: Job, layout: Layout) -> Collective:
     """The residual stream gathered by positions: forward where it ends, backward where it begins."""
     rules = layout.rules
     axes = layout.moved(STREAM, rules.residuals, rules.activations)
-    return _one("all-gather", axes, job.experiment.train.compute_dtype, layout.elements(STREAM, rules.activations))
+    return sent("all-gather", axes, job.experiment.train.compute_dtype, layout.elements(STREAM, rules.activations))
 
 
 def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -250,18 +234,18 @@ def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Coll
     stored = "float32" if "embed/table_vd" not in step.setup.formats else train.param_dtype
     across, vectors = layout.moved("b", rules.activations, rules.looked_up), layout.elements(STREAM, rules.looked_up)
     exchanged = tuple(axis for axis in across if axis != "stage")  # the stages need them all
-    yield _one("all-gather", across, "int32", layout.elements("bt", rules.looked_up))
-    yield _one("all-reduce", layout.split("v", rules.params), stored, vectors)
-    yield _one("all-to-all", exchanged, train.compute_dtype, vectors, 2)
+    yield sent("all-gather", across, "int32", layout.elements("bt", rules.looked_up))
+    yield sent("all-reduce", layout.split("v", rules.params), stored, vectors)
+    yield sent("all-to-all", exchanged, train.compute_dtype, vectors, 2)
     yield _whole_stream(job, replace(layout, rules=in_layers(layout).rules))
     # The gradient is summed over rows; under ZeRO a device gets its part of `d` of all rows instead.
     zero = layout.moved("d", rules.latents, rules.params)
     if zero:
-        yield _one("all-gather", zero, "int32", layout.elements("bt", rules.looked_up) * layout.ways(zero))
-        yield _one("all-to-all", zero, stored, vectors)
+        yield sent("all-gather", zero, "int32", layout.elements("bt", rules.looked_up) * layout.ways(zero))
+        yield sent("all-to-all", zero, stored, vectors)
     for letter in "bt":
         rest = tuple(axis for axis in layout.split(letter, rules.looked_up) if axis not in zero)
-        yield _one("all-reduce", rest, stored, layout.elements("vd", rules.latents))
+        yield sent("all-reduce", rest, stored, layout.elements("vd", rules.latents))
 
 
 def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:
@@ -269,9 +253,9 @@ def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:
     rows = layout.split("b", layout.rules.activations)
     of_chunk = layout.elements("ba", layout.rules.activations)
     vocabulary = layout.split("v", layout.rules.activations)
-    yield _one("all-reduce", vocabulary, "float32", of_chunk, LOSS_REDUCTIONS * chunks(job))
-    yield _one("all-reduce", rows, "float32", 1)
-    yield _one("all-reduce", rows, "int32", 1)
+    yield sent("all-reduce", vocabulary, "float32", of_chunk, LOSS_REDUCTIONS * chunks(job))
+    yield sent("all-reduce", rows, "float32", 1)
+    yield sent("all-reduce", rows, "int32", 1)
 
 
 def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -280,11 +264,11 @@ def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     for path, parameter in step.setup.table.items():
         for letter in parameter.axes:
             axes = layout.split(letter, rules.latents)
-            yield _one("all-reduce", axes, "float32", 1, 2)
-            yield _one("all-reduce", axes, "bool", 1)
+            yield sent("all-reduce", axes, "float32", 1, 2)
+            yield sent("all-reduce", axes, "bool", 1)
         form, axes = step.setup.formats.get(path), parameter.axes
         back = layout.moved(axes, rules.latents, rules.params)
-        yield _one("all-gather", back, form.grid.code_dtype if form else "float32", layout.elements(axes, rules.params))
+        yield sent("all-gather", back, form.grid.code_dtype if form else "float32", layout.elements(axes, rules.params))
         if form is None or not form.grid.is_scaled:
             continue
         shape = scale_sizes(parameter, form)
@@ -293,6 +277,6 @@ def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
         times = 3 if form.rule.learn_scale else 1  # a scale that is learned has a gradient, and steps, which are sums
         for letter in axes:
             if shape[letter] == 1:
-                yield _one("all-reduce", layout.split(letter, rules.latents), "float32", scales, times)
+                yield sent("all-reduce", layout.split(letter, rules.latents), "float32", scales, times)
         back = layout.moved(kept, rules.latents, rules.params)
-        yield _one("all-gather", back, "float16", layout.elements(kept, rules.params, shape), 1 + form.grid.is_affine)
+        yield sent("all-gather", back, "float16", layout.elements(kept, rules.params, shape), 1 + form.grid.is_affine)

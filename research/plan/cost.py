@@ -3,6 +3,7 @@
 The compiler's own cost analysis counts a loop's body once, so operations are counted here, from shapes.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -57,17 +58,15 @@ def cost(job: Job, step: AbstractStep, memory: Memory, sends: Iterable[Collectiv
 def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
     """Return the operations of one device in matrix products, by dtype, padding and recomputation included."""
     train = job.experiment.train
-    found = {"int8": 0.0, train.compute_dtype: 0.0}
+    found: defaultdict[str, float] = defaultdict(float, {"int8": 0.0, train.compute_dtype: 0.0})
+    forwards = 2 if train.rematerialize == "full" else 1
     for product in products(job, step):
         once = _product_flops(product) * product.times
-        is_head = product.rows == "ba"
-        forwards = 2 if train.rematerialize == "full" and not is_head else 1
-        for dtype, passes in (("int8" if product.integer else product.compute, forwards), (product.compute, 2)):
-            found[dtype] = found.get(dtype, 0.0) + passes * once
+        found["int8" if product.integer else product.compute] += once * (1 if product.is_head else forwards)
+        found[product.compute] += 2 * once
     mix = mixture(job, step)
     for dtype, count in expert_flops(mix).items() if mix else ():
         found[dtype] += count
-    forwards = 2 if train.rematerialize == "full" else 1
     found[train.compute_dtype] += (forwards + 2) * _attention_flops(job, step)
     if train.distill:
         found[train.compute_dtype] += sum(_product_flops(p) * p.times for p in products(job, step))

@@ -13,11 +13,25 @@ from math import prod
 
 import numpy as np
 
+from research.quant.grid import bytes_of
+
 Groups = list[list[int]]
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32}
 _BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
+HLO_NAMES = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int8": "s8",
+    "int4": "s4",
+    "uint4": "u4",
+    "int32": "s32",
+    "bool": "pred",
+    "float8_e4m3fn": "f8e4m3fn",
+    "float8_e5m2": "f8e5m2",
+}
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
@@ -48,6 +62,11 @@ class Collective:
     def total_bytes(self) -> int:
         """Bytes over all executions."""
         return self.bytes * self.times
+
+
+def sent(kind: str, axes: tuple[str, ...], dtype: str, elements: int, times: int = 1) -> Collective:
+    """Return what sends so many elements of a dtype of ours."""
+    return Collective(kind, axes, HLO_NAMES[dtype], bytes_of(elements, dtype), times)
 
 
 @dataclass(frozen=True)

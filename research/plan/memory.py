@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from research.model.attention import BLOCK
 from research.model.parameters import Parameter, parameter_table
 from research.plan.mixtures import bytes_at_work, mixture
-from research.plan.products import STREAM, in_layers, layout_of, products, weight_parts
+from research.plan.products import STREAM, chunk, head_of, in_layers, layout_of, products, weight_parts
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
@@ -140,7 +140,7 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     saved, of_layer = saved_bytes(job, step)
     anew = _computed_anew(job, step) - of_layer if job.experiment.train.rematerialize != "none" else 0
     of_layers = [path for path, p in table.items() if "l" in p.axes]
-    of_head = _gradient_bytes(step, [_head(step)], whole=True)
+    of_head = _gradient_bytes(step, [head_of(step)], whole=True)
     of_piece = of_layer * layers if layout.mesh["stage"] > 1 else 0
     whole = _gradient_bytes(step, of_layers, whole=True) // layers
     mix = mixture(job, step)
@@ -180,11 +180,6 @@ def _computed_anew(job: Job, step: AbstractStep) -> int:
     train = replace(job.experiment.train, rematerialize="none")
     plain = replace(job, experiment=replace(job.experiment, train=train))
     return saved_bytes(plain, abstract_step(plain, step.mesh))[1]
-
-
-def _head(step: AbstractStep) -> str:
-    """Return the path of the table that gives the logits."""
-    return "head/table_vd" if "head/table_vd" in step.setup.table else "embed/table_vd"
 
 
 def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
@@ -236,13 +231,13 @@ def _head_bytes(job: Job, step: AbstractStep) -> int:
 
     Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it.
     """
-    head = _head(step)
-    chunk = min(max(1, job.experiment.train.loss_chunk // job.rows), job.answer_tokens)
-    shape = (job.rows, chunk, step.setup.table[head].shape[0])
+    head = head_of(step)
+    positions = chunk(job)
+    shape = (job.rows, positions, step.setup.table[head].shape[0])
     logits = 4 * prod(NamedSharding(step.mesh, step.setup.settings.spec("bav", shape[1])).shard_shape(shape))
     gradient = _gradient_bytes(step, [head], whole=True)
     gathered = gradient if gradient > _gradient_bytes(step, [head]) else 0
-    return 3 * logits + gathered + gradient * (1 if chunk == job.answer_tokens else 2)
+    return 3 * logits + gathered + gradient * (1 if positions == job.answer_tokens else 2)
 
 
 def _update(job: Job, step: AbstractStep, trees: int) -> int:

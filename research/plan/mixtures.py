@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from research.model.experts import capacity
+from research.plan.hlo import Collective, sent
 from research.plan.products import STREAM, Layout, Product, expert_products, weight_parts
 from research.plan.program import AbstractStep, Job
 from research.quant.grid import bytes_of
@@ -18,15 +19,15 @@ class Mixture:
     """A layer of experts on one device.
 
     Attributes:
-      tokens: of this device; group: of its group of devices over `expert`; rows: choices that it holds, of `chosen` a
-        token; shared: `tokens` times `chosen`, the rows of its experts where the load is even.
+      tokens: of this device.
+      chosen: experts that a token goes to.
+      rows: choices that the device holds of the tokens of its group.
     """
 
     gate: Product
     up: Product
     down: Product
     tokens: int
-    group: int
     chosen: int
     rows: int
 
@@ -34,6 +35,16 @@ class Mixture:
     def layout(self) -> Layout:
         """Where things lie in a layer."""
         return self.gate.layout
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the experts."""
+        return self.layout.split("e", self.layout.rules.activations)
+
+    @property
+    def group(self) -> int:
+        """Tokens of the devices that share the experts."""
+        return self.tokens * self.layout.ways(self.axes)
 
     @property
     def projections(self) -> tuple[Product, Product, Product]:
@@ -73,7 +84,7 @@ def mixture(job: Job, step: AbstractStep) -> Mixture | None:
     if factor := job.experiment.train.expert_capacity:
         all_tokens = layout.sizes["b"] * layout.sizes["t"]
         rows = min(rows, capacity(sizes, all_tokens, factor) * sizes.experts // ways)
-    return Mixture(gate, up, down, tokens, tokens * ways, sizes.chosen, rows)
+    return Mixture(gate, up, down, tokens, sizes.chosen, rows)
 
 
 def expert_flops(mix: Mixture) -> dict[str, float]:
@@ -102,51 +113,49 @@ def bytes_at_work(mix: Mixture) -> int:
     return tokens + rows + weights + values
 
 
-def least_sends(mix: Mixture) -> Iterator[tuple[str, tuple[str, ...], str, int, int]]:
+def least_sends(mix: Mixture) -> Iterator[Collective]:
     """Yield, as `sends` does, what the layout needs at least: weights, their gradients, tokens there and back."""
     times, compute = mix.gate.times, mix.gate.compute
-    group = tuple(axis for axis in ("expert",) if mix.layout.mesh[axis] > 1)
     for product in mix.projections:
         dtype = product.stored if product.form is None else product.form.held_dtype
-        yield "all-gather", product.gathered, dtype, product.used(product.letters), 2 * times
-        yield "reduce-scatter", product.gathered, product.stored, product.used(product.letters), times
-    yield "all-gather", group, "int8" if mix.integer else compute, mix.group * mix.width, times
-    yield "reduce-scatter", group, compute, mix.group * mix.width, 2 * times
-    yield "all-gather", group, compute, mix.group * mix.width, times
+        yield sent("all-gather", product.gathered, dtype, product.used(product.letters), 2 * times)
+        yield sent("reduce-scatter", product.gathered, product.stored, product.used(product.letters), times)
+    yield sent("all-gather", mix.axes, "int8" if mix.integer else compute, mix.group * mix.width, times)
+    yield sent("reduce-scatter", mix.axes, compute, mix.group * mix.width, 2 * times)
+    yield sent("all-gather", mix.axes, compute, mix.group * mix.width, times)
 
 
-def sends(mix: Mixture) -> Iterator[tuple[str, tuple[str, ...], str, int, int]]:
-    """Yield kind, mesh axes, dtype, elements and times of what one micro-batch's experts send, but for their input."""
+def sends(mix: Mixture) -> Iterator[Collective]:
+    """Yield what one micro-batch's experts send, but for their input."""
     times, compute = mix.gate.times, mix.gate.compute
-    group = tuple(axis for axis in ("expert",) if mix.layout.mesh[axis] > 1)
     tokens = mix.layout.split("bt", mix.layout.rules.activations)
-    elsewhere = tuple(axis for axis in tokens if axis != "expert")
+    elsewhere = tuple(axis for axis in tokens if axis not in mix.axes)
     # What the router's losses are made of: choices, probabilities, squares, and how many tokens there are.
     experts = mix.layout.sizes["e"]
     for dtype, elements, often in (("int32", experts, times), ("float32", experts, times), ("float32", 1, times)):
-        yield "all-reduce", tokens, dtype, elements, often
-    yield "all-reduce", tokens, "int32", 1, 1
+        yield sent("all-reduce", tokens, dtype, elements, often)
+    yield sent("all-reduce", tokens, "int32", 1, 1)
     for product in mix.projections:
         for dtype, axes, elements in weight_parts(product):
-            yield "all-gather", axes, dtype, elements, 2 * times
+            yield sent("all-gather", axes, dtype, elements, 2 * times)
         whole, rest = product.used(product.letters), tuple(a for a in elsewhere if a not in product.gathered)
-        yield "reduce-scatter", product.gathered, "float32", whole, times
-        yield "all-reduce", rest, "float32", whole // mix.layout.ways(product.gathered), times
+        yield sent("reduce-scatter", product.gathered, "float32", whole, times)
+        yield sent("all-reduce", rest, "float32", whole // mix.layout.ways(product.gathered), times)
     # Tokens, their choices and shares, forward and backward; the gradient of the outcome; what comes back of both.
-    yield "all-gather", group, "int8" if mix.integer else compute, mix.group * mix.width, 2 * times
+    yield sent("all-gather", mix.axes, "int8" if mix.integer else compute, mix.group * mix.width, 2 * times)
     if mix.integer:
-        yield "all-gather", group, "float32", mix.group, 2 * times
-    yield "all-gather", group, "int32", mix.group * mix.chosen, 2 * times
-    yield "all-gather", group, "float32", mix.group * mix.chosen, 2 * times
-    yield "all-gather", group, "float32", mix.group * mix.width, times
-    yield "reduce-scatter", group, "float32", mix.group * mix.width, 2 * times
-    yield "reduce-scatter", group, "float32", mix.group * mix.chosen, times
+        yield sent("all-gather", mix.axes, "float32", mix.group, 2 * times)
+    yield sent("all-gather", mix.axes, "int32", mix.group * mix.chosen, 2 * times)
+    yield sent("all-gather", mix.axes, "float32", mix.group * mix.chosen, 2 * times)
+    yield sent("all-gather", mix.axes, "float32", mix.group * mix.width, times)
+    yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.width, 2 * times)
+    yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.chosen, times)
     # The gradient of the outcome comes from where the residual stream lies.
     rules = mix.layout.rules
     moved = mix.layout.moved(STREAM, rules.residuals, rules.activations)
-    yield "all-gather", moved, compute, mix.tokens * mix.width, times
+    yield sent("all-gather", moved, compute, mix.tokens * mix.width, times)
     # Where an inner layer is split: the scale of its rounding, and the sums of products, forward and anew.
     if mix.down.activation != "none":
-        yield "all-reduce", mix.across, "float32", mix.rows, 2 * times
-    yield "all-reduce", mix.across, "int32" if mix.down.integer else compute, mix.rows * mix.width, 2 * times
-    yield "all-reduce", mix.across, "float32", mix.group * mix.width, times
+        yield sent("all-reduce", mix.across, "float32", mix.rows, 2 * times)
+    yield sent("all-reduce", mix.across, "int32" if mix.down.integer else compute, mix.rows * mix.width, 2 * times)
+    yield sent("all-reduce", mix.across, "float32", mix.group * mix.width, times)

@@ -77,6 +77,19 @@ def stored(encoded: Encoded) -> Quantized:
     return replace(view_of(encoded, None), codes=encoded.codes.astype(encoded.held_dtype))
 
 
+def cotangent(weight: Weight, gradient: jax.Array | None) -> Weight:
+    """Return a gradient in the place of what it belongs to, in its dtype, for the backward pass of a `custom_vjp`.
+
+    There is none of codes and scales: integers have no gradient, and the value doesn't depend on the scale here. None:
+    there is none of the value, either.
+    """
+    if gradient is not None:
+        gradient = gradient.astype(weight.dtype)
+    if not isinstance(weight, Quantized):
+        return gradient  # pyright: ignore[reportReturnType]
+    return Quantized(gradient, None, None, weight.grid, weight.dtype)  # pyright: ignore[reportArgumentType]
+
+
 def dense(weight: Weight) -> jax.Array:
     """Return the weight as an array, whatever holds it."""
     return weight.dense() if isinstance(weight, Quantized) else jnp.asarray(weight)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.quant.nodes import Quantized
+from research.quant.nodes import Quantized, cotangent
 
 # terms(weights, states, held, rest) -> (what is minimised, a tree of what is told besides), arrays of any shape
 Terms = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
@@ -51,7 +51,7 @@ def _forward(terms: Terms, weights: Any, states_cbad: jax.Array, held: Any, rest
 def _backward(terms: Terms, kept: tuple[Any, Any, jax.Array], gradient: tuple[jax.Array, Any]):
     weights, *found = kept
     of_values, of_states_cbad = jax.tree.map(lambda g: g * gradient[0].astype(g.dtype), found)
-    return _with_values(weights, of_values, gradient=True), of_states_cbad, None, None
+    return jax.tree.map(cotangent, weights, of_values, is_leaf=_is_quantized), of_states_cbad, None, None
 
 
 sum_in_chunks.defvjp(_forward, _backward)
@@ -66,14 +66,8 @@ def _values(weights: Any) -> Any:
     return jax.tree.map(lambda w: w.value if _is_quantized(w) else w, weights, is_leaf=_is_quantized)
 
 
-def _with_values(weights: Any, values: Any, *, gradient: bool = False) -> Any:
-    """Return the weights with other values; as a gradient, there is none of codes and scales."""
-
-    def one(weight: Any, value: Any) -> Any:
-        if not _is_quantized(weight):
-            return value
-        if not gradient:
-            return replace(weight, value=value)
-        return Quantized(value, None, None, weight.grid, weight.dtype)  # pyright: ignore[reportArgumentType]
-
-    return jax.tree.map(one, weights, values, is_leaf=_is_quantized)
+def _with_values(weights: Any, values: Any) -> Any:
+    """Return the weights with other values."""
+    return jax.tree.map(
+        lambda w, value: replace(w, value=value) if _is_quantized(w) else value, weights, values, is_leaf=_is_quantized
+    )

@@ -178,17 +178,17 @@ def _sums(terms: Callable, models: Sequence[Any], batch: Batch, chunk: int) -> t
     `terms` returns what is minimised, and what adds up to the first two of `LossSums`.
     """
     heads = [_head(model) for model in models]
-    weights, *held = [weights for _, weights in heads]
+    graphs, (weights, *held) = [graph for graph, _ in heads], [weights for _, weights in heads]
     (states_bad, router), *others = [_answer_states(model, batch) for model in models]
     rest = [*(h_bad for h_bad, _ in others), jnp.asarray(batch.target_ba), jnp.asarray(batch.answer_ba)]
 
     def of_chunk(weights: Any, states_bad: jax.Array, held: Any, rest: Any) -> tuple[jax.Array, Any]:
         *others, target_ba, used_ba = rest
-        states = zip(heads, (weights, *held), (states_bad, *others), strict=True)
-        return terms([_logits(head[0], w, h_bad) for head, w, h_bad in states], target_ba, used_ba)
+        parts = zip(graphs, (weights, *held), (states_bad, *others), strict=True)
+        return terms([_logits(*part) for part in parts], target_ba, used_ba)
 
-    chunked = _in_chunks((states_bad, rest), chunk)
-    loss, (nll, divergence) = sum_in_chunks(of_chunk, weights, chunked[0], held, chunked[1])  # pyright: ignore
+    states_cbad, rest_c = _in_chunks((states_bad, rest), chunk)
+    loss, (nll, divergence) = sum_in_chunks(of_chunk, weights, states_cbad, held, rest_c)  # pyright: ignore
     tokens, nothing = (batch.answer_ba > 0).sum().astype(jnp.float32), jnp.zeros(())
     if router is None:
         return loss, LossSums(nll, divergence, tokens, nothing, nothing, nothing)
