@@ -102,6 +102,7 @@ def require_run_name(run: str) -> None:
 ESTIMATORS = ("identity", "clipped")
 ANNEALING = ("none", "parq", "relax")
 DTYPES = ("float32", "bfloat16")
+BACKWARD = ("float", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,9 @@ class Rule:
     """Grid of the activation that this weight multiplies: none, int8 (symmetric, dynamic, one scale per token),
     int8:group:32 (one per 32 consecutive inputs, as llama.cpp has it), or one scale for all, found before training and
     kept: int8:static:ema (average of the largest magnitudes) or int8:static:99.9 (percentile of the magnitudes)."""
+    backward: str = "float"
+    """Factors of the two backward products, where weight and activation are both int8: float, or int8 = the gradient
+    is rounded at random, right on average, and both are products of integers."""
     axes: str = ""
     """Axis letters of the weight where its own model doesn't tell them, e.g. "io"."""
     contract: str = ""
@@ -161,7 +165,8 @@ class Rule:
         except re.error as error:
             message = f"quantization: Rule.match={self.match!r} is not a regular expression: {error}"
             raise UserError(message) from None
-        for name, allowed in (("estimator", ESTIMATORS), ("anneal", ANNEALING), ("latent", DTYPES)):
+        choices = ("estimator", ESTIMATORS), ("anneal", ANNEALING), ("latent", DTYPES), ("backward", BACKWARD)
+        for name, allowed in choices:
             require(
                 getattr(self, name) in allowed,
                 f"quantization: Rule.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}",

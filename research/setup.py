@@ -93,6 +93,11 @@ def _check_experts(settings: Settings, formats: Mapping[str, Format], sizes: Map
                 f"{path}: {asked} is not to be had for experts; take activation='int8' with granularity='channel',"
                 " or activation='none'"
             )
+    for path in paths:
+        if path in formats and formats[path].rule.backward != "float":
+            raise UserError(
+                f"{path}: backward={formats[path].rule.backward!r} is not to be had for experts; take backward='float'"
+            )
     if len({kinds[path] for path in paths if path.endswith("_edf")}) > 1:
         raise UserError("layers/mlp/gate_edf and up_edf read one input; give their rules the same activation")
     if settings.capacity_factor and settings.architecture.experts and sizes["stage"] > 1:

@@ -49,6 +49,7 @@ CASES = {
     "offsets": rounded(weight="q4_1", granularity="group:32"),
     "learned": rounded(weight="int4", learn_scale=True),
     "static": rounded(weight="int8", activation="int8:static:ema"),
+    "backward": rounded(weight="int8", activation="int8", backward="int8"),
     "only some": tiny_plans.job(EIGHT_LAYERS, (Rule(match="layers/.*/(q|up).*", weight="int8", activation="int8"),)),
     "heads normed": tiny_plans.job(replace(EIGHT_LAYERS, head_norms=True, query_heads=9, kv_heads=3), W8A8),
     "heads normed, rematerialized": tiny_plans.job(replace(EIGHT_LAYERS, head_norms=True), FLOAT, rematerialize="full"),
@@ -73,7 +74,7 @@ def test_predicted_is_compiled_for_every_format(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", ("float", "w8a8"))
+@pytest.mark.parametrize("name", ("float", "w8a8", "backward"))
 def test_predicted_is_compiled_on_every_mesh(name: str, mesh: dict[str, int]) -> None:
     plan = compiled(CASES[name], **mesh)
     assert not told(plan) and not plan.unpredicted

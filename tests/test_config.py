@@ -35,6 +35,7 @@ IMPOSSIBLE = [
     (Rule, {"match": "a", "earlier": ("int8",)}, "give grids with the step that ends each: int8:100, int4:200"),
     (Rule, {"match": "a", "earlier": ("int8:0",)}, "give grids with the step"),
     (Rule, {"match": "a", "earlier": ("int8:9", "int4:9")}, "give steps in increasing order"),
+    (Rule, {"match": "a", "backward": "int4"}, "Rule.backward='int4': give one of float, int8"),
     (Rule, {"match": "a", "recalibrate_every": 0}, "Rule.recalibrate_every=0: give 1"),
     (Rule, {"match": "a", "hysteresis": 1.0}, "Rule.hysteresis=1.0: give 0 \\(off\\) to below 1"),
     (TaskConfig, {"lengths": ()}, "task.lengths is empty"),

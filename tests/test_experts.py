@@ -31,6 +31,7 @@ from research.train.state import encoded_weights, serving_weights
 MIXTURE = replace(tiny.ARCHITECTURE, experts=ExpertSizes(experts=4, chosen=2), head_norms=True)
 WORDS = replace(MIXTURE, vocabulary=byte_level().vocabulary)
 STATIC = (Rule(match=".*", weight="int8", activation="int8:static:ema"),)
+BACKWARD = (Rule(match=".*", weight="int8", activation="int8", backward="int8"),)
 STEPS = 5
 
 
@@ -179,6 +180,7 @@ def test_losses_even_out_the_load() -> None:
     ("rules", "sizes", "train", "line"),
     [
         (STATIC, {}, tiny.TRAIN, "is not to be had for experts"),
+        (BACKWARD, {}, tiny.TRAIN, "backward='int8' is not to be had for experts; take backward='float'"),
         (tiny.FLOAT, {"expert": 8}, tiny.TRAIN, "4 experts don't divide over mesh.expert=8; valid sizes: 1, 2, 4"),
         (tiny.FLOAT, {"stage": 2}, replace(tiny.TRAIN, expert_capacity=1.0), "mesh.stage=2 passes it in pieces"),
     ],

@@ -1,11 +1,12 @@
 """A product of an activation and a weight as its subscripts tell it: the axes by role, and where its parts lie."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from research.model.sharding import explicit, reshape, ways_of
@@ -89,22 +90,59 @@ class Product:
         As one of matrices, unless positions are split: where a gradient sums over rows and positions, XLA would first
         lay its factors out anew, a quarter of a training step on the CPU.
         """
-        orders = self.inner + self.columns, self.columns + self.inner
-        whole = all(ways_of(self.entry(axis)) == 1 for axis in self.rows[1:])
-        if not whole or self.x != self.rows + self.inner or self.w not in orders:
+        if not self._is_of_matrices:
             return multiply(self.subscripts, x, w, self.spec, dtype)
-
-        def matrix(array: jax.Array, left: str, right: str) -> jax.Array:
-            shape = prod(array.shape[: len(left)]), prod(array.shape[len(left) :])
-            return reshape(array, shape, PartitionSpec(self.entry(left[0]), self.entry(right[0])))
-
-        inner_first = self.w == orders[0]
-        rd = matrix(x, self.rows, self.inner)
-        w_axes = (self.inner, self.columns) if inner_first else (self.columns, self.inner)
+        rd, w_matrix = self._matrix(x, self.rows, self.inner), self._matrix(w, *self._w_axes)
         spec = PartitionSpec(self.entry(self.rows[0]), self.entry(self.columns[0]))
-        rc = multiply("rd,dc->rc" if inner_first else "rd,cd->rc", rd, matrix(w, *w_axes), spec, dtype)
+        rc = multiply("rd,dc->rc" if self._inner_first else "rd,cd->rc", rd, w_matrix, spec, dtype)
         sizes = dict(zip(self.x + self.w, (*x.shape, *w.shape), strict=True))
         return reshape(rc, tuple(sizes[axis] for axis in self.y), self.spec)
+
+    def multiply_over_rows(self, x_codes: jax.Array, y_codes: jax.Array) -> jax.Array:
+        """Return the product of codes like the activation with codes like the output, summed over rows in int32.
+
+        It has the axes of the weight. The first factor is transposed in memory, too: of other layouts XLA's CPU backend
+        makes plain loops, a hundred times slower.
+        """
+        w_spec = PartitionSpec(*map(self.entry, self.w))
+        if not self._is_of_matrices:
+            return multiply(f"{self.x},{self.y}->{self.w}", x_codes, y_codes, w_spec, "int32")
+        factors = self._matrix(x_codes, self.rows, self.inner), self._matrix(y_codes, self.rows, self.columns)
+        first, second = factors if self._inner_first else reversed(factors)
+        spec = PartitionSpec(*(self.entry(axes[0]) for axes in self._w_axes))
+        w = multiply("ar,rb->ab", _transposed(first), second, spec, "int32")
+        sizes = dict(zip(self.x + self.y, (*x_codes.shape, *y_codes.shape), strict=True))
+        return reshape(w, tuple(sizes[axis] for axis in self.w), w_spec)
+
+    @property
+    def of_input_gradient(self) -> "Product":
+        """The product of a gradient of the output with the weight, which is that of the input."""
+        route = self.route and replace(self.route, x=self.route.y, x_used=self.spec, y=self.route.x_used)
+        return Product(f"{self.y},{self.w}->{self.rows}{self.inner}", self.dtype, route)
+
+    @property
+    def _is_of_matrices(self) -> bool:
+        """Whether axes can be merged: neighbours in each factor, and only the first of them split."""
+        together = self.x == self.rows + self.inner and self.w in (self.inner + self.columns, self.columns + self.inner)
+        return together and all(ways_of(self.entry(axis)) == 1 for axis in self.rows[1:])
+
+    @property
+    def _inner_first(self) -> bool:
+        return self.w == self.inner + self.columns
+
+    @property
+    def _w_axes(self) -> tuple[str, str]:
+        """Axes of the weight as those of a matrix."""
+        return (self.inner, self.columns) if self._inner_first else (self.columns, self.inner)
+
+    def _matrix(self, array: jax.Array, left: str, right: str) -> jax.Array:
+        """Return an array whose axes are `left` and then `right` as a matrix."""
+        shape = prod(array.shape[: len(left)]), prod(array.shape[len(left) :])
+        return reshape(array, shape, PartitionSpec(self.entry(left[0]), self.entry(right[0])))
+
+
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return with_layout_constraint(matrix.T, Layout(major_to_minor=(0, 1)))
 
 
 def multiply(subscripts: str, a: jax.Array, b: jax.Array, spec: PartitionSpec, dtype: str | None = None) -> jax.Array:

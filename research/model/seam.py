@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from research.model.backward import integer_gradients
 from research.model.blocks import sum_over_blocks
 from research.model.inputs import Input, prepare
 from research.model.product import Product, Route, beside, count_blocks
@@ -119,6 +120,9 @@ def _integer_product_fwd(product: Product, x: Quantized, w: Quantized):
 def _integer_product_bwd(product: Product, residuals: tuple[Quantized, Quantized], gradient: jax.Array):
     x, w = residuals
     assert x.scale is not None
+    if w.seed is not None:
+        dx, dw = integer_gradients(product, x, _used_w(product, w), gradient)
+        return cotangent(x, dx), cotangent(w, dw if w.value is not None else None)
     dx, dw = _gradients(product, dequantize_tokens(x.codes, x.scale, product.dtype), w, gradient)
     return cotangent(x, dx), dw  # pyright: ignore[reportReturnType]
 

@@ -155,19 +155,24 @@ def _of_product(product: Product) -> Iterator[Collective]:
     # Backward: the gradient of the output comes to where the product is, that of the input is a sum over what is kept.
     moved = layout.moved(product.y, layout.lies(product.y), rules.activations)
     yield sent("all-gather", moved, product.compute, product.used(product.y), times)
-    yield sent(
-        "all-reduce", layout.split(product.kept, rules.activations), product.compute, product.used(product.x), times
-    )
+    partial, sums = layout.split(product.kept, rules.activations), product.compute
+    if product.integer_backward:  # the largest of a token's gradient, and of a channel's
+        sums = "int32"
+        yield sent("all-reduce", partial, "float32", product.used(product.rows), times)
+        rows = (layout.split(letter, rules.activations) for letter in product.rows)
+        yield sent("all-reduce", sum(rows, ()), "float32", product.used(product.kept), times)
+    yield sent("all-reduce", partial, sums, product.used(product.x), times)
     yield from _gradient("all-reduce", product)
 
 
 def _gradient(kind: str, product: Product) -> Iterator[Collective]:
     """Sum a weight's gradient: whole over the axes that it is gathered over, then its shard over the others."""
     layout, whole = product.layout, product.used(product.letters)
-    yield sent(kind, product.gathered, product.stored, whole, product.times)
+    dtype = "int32" if product.integer_backward else product.stored
+    yield sent(kind, product.gathered, dtype, whole, product.times)
     for letter in product.rows:
         rest = tuple(a for a in layout.split(letter, layout.rules.activations) if a not in product.gathered)
-        yield sent("all-reduce", rest, product.stored, whole // layout.ways(product.gathered), product.times)
+        yield sent("all-reduce", rest, dtype, whole // layout.ways(product.gathered), product.times)
 
 
 def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:

@@ -63,7 +63,7 @@ def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
     for product in products(job, step):
         once = _product_flops(product) * product.times
         found["int8" if product.integer else product.compute] += once * (1 if product.is_head else forwards)
-        found[product.compute] += 2 * once
+        found["int8" if product.integer_backward else product.compute] += 2 * once
     mix = mixture(job, step)
     for dtype, count in expert_flops(mix).items() if mix else ():
         found[dtype] += count

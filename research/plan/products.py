@@ -84,6 +84,11 @@ class Product:
         return self.form is not None and self.form.grid.code_dtype == "int8" and self.activation != "none"
 
     @property
+    def integer_backward(self) -> bool:
+        """Whether the backward pass multiplies codes, too."""
+        return self.integer and self.form is not None and self.form.rule.backward == "int8"
+
+    @property
     def of_blocks(self) -> bool:
         """Whether the sums of integers are scaled, and added as float32, in blocks."""
         grouped = self.form is not None and self.form.granularity.startswith("group:")

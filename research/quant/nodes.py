@@ -50,6 +50,8 @@ class Quantized:
     offset: jax.Array | None = None
     input_scale: jax.Array | None = None
     """As in `Encoded`; the seam finds it with the weight, sliced by the scan over layers like the weight."""
+    seed: jax.Array | None = None
+    """Where the backward products round at random to int8 (`gradients.py`): a number for each output channel."""
 
     def dense(self) -> jax.Array:
         """Return the weight as an array of dtype `self.dtype`."""

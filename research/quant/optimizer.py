@@ -30,6 +30,7 @@ import optax
 
 from research.quant.anneal import annealed
 from research.quant.estimator import pull_back
+from research.quant.gradients import gradient_seed
 from research.quant.grid import encode
 from research.quant.latents import keep_latent
 from research.quant.nodes import Encoded, view_of
@@ -150,17 +151,20 @@ def project(state: PyTree, params: PyTree | None = None) -> PyTree:
 eval_params = project
 
 
-def view(params: PyTree, state: PyTree) -> PyTree:
+def view(params: PyTree, state: PyTree, micro_batch: jax.Array | int = 0) -> PyTree:
     """Return `params` with each quantized leaf as `Quantized(value, codes, scale)`: what the model is called with.
 
     Differentiate through it with respect to `params`; codes and scales are constants. A leaf whose rule has an
-    `end_step` stays an array, because before that step its codes are not what the model uses.
+    `end_step` stays an array, because before that step its codes are not what the model uses. `micro_batch`: a number
+    that tells those of one step apart, where rules round gradients at random.
     """
+    found = find(state)
 
     def one(form: Format, e: Encoded, p: jax.Array) -> Any:
-        return p if form.rule.end_step else view_of(e, p)
+        if form.rule.end_step:
+            return p
+        return replace(view_of(e, p), seed=gradient_seed(form, found.count, micro_batch))
 
-    found = find(state)
     return map_formats(dict(found.formats), one, found.encoded, params, keep=1)
 
 

@@ -202,6 +202,14 @@ def _check(rule: Rule) -> None:
             f"quantization rule {rule.match!r}: latent={rule.latent!r} would have no effect: fp32 has no latents; leave"
             " it out"
         )
+    integers = GRIDS[rule.weight].code_dtype == "int8" and rule.activation != "none" and not group
+    if rule.backward == "int8" and (not integers or rule.granularity != "channel" or rule.end_step):
+        raise UserError(
+            f"quantization rule {rule.match!r}: backward='int8' with weight={rule.weight!r},"
+            f" granularity={rule.granularity!r}, activation={rule.activation!r}, end_step={rule.end_step}; it wants"
+            " integers from the start, with one scale for a channel and one for a token: weight='int8',"
+            " granularity='channel', activation='int8', end_step=0"
+        )
     if rule.counts_oscillation and GRIDS[rule.weight].code_dtype != "int8":
         raise UserError(
             f"quantization rule {rule.match!r}: oscillation is counted between integer codes, and {rule.weight} has"

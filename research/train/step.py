@@ -165,10 +165,15 @@ class Step:
 
 
 def make_loss(graph: nnx.GraphDef, train: TrainConfig, teacher: Teacher | None = None) -> Callable[..., Any]:
-    """Return `loss(params, state, batch, teacher_weights)`: what is minimised, and its sums; see `make_step`."""
+    """Return `loss(params, state, batch, teacher_weights, done)`: what is minimised, and its sums; see `make_step`.
 
-    def loss(params: Any, state: TrainState, batch: Batch, teacher_weights: Any) -> tuple[jax.Array, LossSums]:
-        weights = view(params, state.optimizer)
+    `done`: answer tokens of the step's micro-batches before this one.
+    """
+
+    def loss(
+        params: Any, state: TrainState, batch: Batch, teacher_weights: Any, done: jax.Array | int = 0
+    ) -> tuple[jax.Array, LossSums]:
+        weights = view(params, state.optimizer, jnp.asarray(done).astype(jnp.uint32))
         if teacher is None:
             answers, sums = loss_sums(graph, weights, batch, train.loss_chunk)
         else:
@@ -205,7 +210,8 @@ def make_step(
         return GradientSums(LossSums(*jnp.zeros(len(LossSums._fields))), gradients)
 
     def add(state: TrainState, batch: Batch, sums: GradientSums | None, teacher_weights: Any = None) -> GradientSums:
-        gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights)
+        done = 0 if sums is None else sums.losses.tokens
+        gradients, losses = jax.grad(loss, has_aux=True)(state.params, state, batch, teacher_weights, done)
         found = GradientSums(losses, jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
         return found if sums is None else jax.tree.map(jnp.add, sums, found)
 
