@@ -8,6 +8,7 @@ contracting on their last axis.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import jax
@@ -159,9 +160,12 @@ class _Kernel:
     def _load_scales(self, block: _Block) -> list[jax.Array]:
         if not self.scales:
             return []
-        layout = plgpu.Layout.WGMMA
         s_x, s_w = self.scales[0].at[block.rows], self.scales[1].at[block.columns].at[block.half]
-        return [plgpu.load(s, (), layout=layout.reduce(1 - axis), optimized=False) for axis, s in enumerate((s_x, s_w))]
+        layout = plgpu.Layout.WGMMA
+        return [
+            _load(s_x, layout=layout.reduce(1), optimized=False),
+            _load(s_w, layout=layout.reduce(0), optimized=False),
+        ]
 
     def _store(self, block: _Block, pieces: Any, y_rc: jax.Array) -> None:
         rows, columns = self.piece
@@ -174,6 +178,12 @@ class _Kernel:
             pieces[number % 2] = y_rc[part]
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(pieces.at[number % 2], target.at[part])
+
+
+def _load(source: Any, **how: Any) -> jax.Array:
+    """Load a whole reference: jax 0.10 wants an index, 0.11 may have one, 0.12 takes none."""
+    index = signature(plgpu.load).parameters.get("idx")
+    return plgpu.load(source, *([()] if index and index.default is Parameter.empty else []), **how)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
