@@ -24,7 +24,7 @@ from research.model.seam import einsum
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
 from research.quant.nodes import Quantized
-from research.setup import make_setup
+from research.setup import make_setup, put_batch
 
 PALLAS = replace(tiny.TRAIN, int8_kernel="pallas")
 # One element, less than a block, whole blocks of one width and of the other, and a little more than whole ones.
@@ -186,6 +186,17 @@ def test_training_takes_the_same_steps(rules: tuple[Rule, ...], options: dict[st
     losses = [run.advance(2) for run in runs]
     assert losses[0] == losses[1]
     jax.tree.map(np.testing.assert_array_equal, *(run.state.params for run in runs))
+
+
+def test_every_product_of_integers_goes_through_the_kernel() -> None:
+    """Seven of a layer and the head, forward; else equal steps would tell nothing."""
+    calls = {}
+    for train in (tiny.TRAIN, PALLAS):
+        run = tiny.start(tiny.W8A8, train=train)
+        with jax.set_mesh(run.mesh):
+            batch = put_batch(tiny.batch(), run.mesh)
+            calls[train.int8_kernel] = str(run.step.add.trace(run.state, batch, None, None).jaxpr).count("pallas_call")
+    assert calls == {"xla": 0, "pallas": 8}
 
 
 def test_evaluation_is_the_same() -> None:
