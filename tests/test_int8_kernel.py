@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_training as tiny
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from research.config import INT8_KERNELS, Rule, TrainConfig
 from research.errors import UserError
 from research.kernels.hopper import Tiles
 from research.kernels.int8_product import int8_product
+from research.mesh import AXES
 from research.model.product import Route
 from research.model.seam import einsum
 from research.model.transformer import causal
@@ -147,12 +148,13 @@ ROUTES = [
 ]
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("name, x_spec, w_spec, y_spec", ROUTES)
 def test_devices_multiply_what_they_hold(
-    name: str, x_spec: tuple, w_spec: tuple, y_spec: tuple, mesh_of: Callable[..., Mesh]
+    name: str, x_spec: tuple, w_spec: tuple, y_spec: tuple, axis_type: AxisType, mesh_of: Callable[..., Mesh]
 ) -> None:
-    """Parts of a sum are added as integers; a weight comes over fsdp as codes; and nothing else is moved."""
-    subscripts, mesh = "btf,fd->btd", mesh_of(data=2, fsdp=2, tensor=2)
+    """Parts of a sum are added as integers; a weight comes over fsdp as codes; and no sum or product is gathered."""
+    subscripts, mesh = "btf,fd->btd", mesh_of(axis_type, data=2, fsdp=2, tensor=2)
     x_btf, w = _x(subscripts)[:, :8], _w(subscripts)
     w_lies = tuple("fsdp" if entry is None else entry for entry in w_spec)
     put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
@@ -168,7 +170,8 @@ def test_devices_multiply_what_they_hold(
     added = set(re.findall(r"= (\w+)\[[^=]*all-reduce\(", text))
     gathered = set(re.findall(r"= (\w+)\[[^=]*all-gather\(", text))
     assert added == ({"s32", "f32"} if "sums" in name else set())  # f32: the maximum of a token
-    assert "s8" in gathered and "s32" not in gathered and "f32" not in gathered
+    # With Explicit axes the scales of a weight are made whole (`sharding.whole`), with either kernel.
+    assert gathered - ({"f32"} if axis_type == AxisType.Explicit else set()) <= {"s8", "f16"} and "s8" in gathered
 
 
 TRAINED = [
@@ -225,3 +228,33 @@ def test_products_that_it_does_not_do_are_refused(options: dict[str, str], messa
     rule = replace(Rule(match="layers/mlp/.*", weight="int8", activation="int8"), **options)
     with pytest.raises(UserError, match=r"layers/mlp/\w+: train.int8_kernel='pallas' " + message):
         make_setup(tiny.OF_BLOCKS, (rule,), PALLAS, mesh_of())
+
+
+@dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh looks at."""
+
+    platform: str
+    device_kind: str
+    compute_capability: str = ""
+    id: int = 0
+    process_index: int = 0
+
+
+OTHERS = [
+    Device("tpu", "TPU v5 lite"),
+    Device("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
+    Device("gpu", "NVIDIA B200", "10.0"),
+]
+
+
+@pytest.mark.parametrize("device", OTHERS, ids=lambda device: device.device_kind)
+def test_other_devices_are_refused(device: Device) -> None:
+    mesh = Mesh(np.full((1,) * len(AXES), device), AXES)
+    with pytest.raises(UserError, match=f"'pallas' is for H100 and H200; for {device.device_kind} leave it at 'xla'"):
+        make_setup(tiny.ARCHITECTURE, tiny.W8A8, PALLAS, mesh)
+
+
+def test_hopper_is_not_refused() -> None:
+    mesh = Mesh(np.full((1,) * len(AXES), Device("gpu", "NVIDIA H200", "9.0")), AXES)
+    assert make_setup(tiny.ARCHITECTURE, tiny.W8A8, PALLAS, mesh).settings.int8_kernel == "pallas"
