@@ -315,6 +315,7 @@ class OptimizerConfig:
 
 
 REMATERIALIZATION = ("none", "full", "dots")
+INT8_KERNELS = ("xla", "pallas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +336,9 @@ class TrainConfig:
     """Dtype of the on-grid parameters that the model uses: float32 or bfloat16."""
     rematerialize: str = "none"
     """What the backward pass computes anew: none, full (each layer) or dots (all but matrix products)."""
+    int8_kernel: str = "xla"
+    """What multiplies int8 weights with int8 activations: xla, or pallas (a kernel for H100 and H200, the same bits;
+    not measured on a GPU yet; on a CPU interpreted, which is for tests)."""
     unroll: int = 1
     """Layers per iteration of the scan: more compile time for more speed."""
     loss_chunk: int = 256
@@ -371,6 +375,7 @@ class TrainConfig:
             self.rematerialize in REMATERIALIZATION,
             f"train.rematerialize={self.rematerialize!r}: give one of {REMATERIALIZATION}",
         )
+        require(self.int8_kernel in INT8_KERNELS, f"train.int8_kernel={self.int8_kernel!r}: give one of {INT8_KERNELS}")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}: give 0 to 2**32 - 1")
 
 

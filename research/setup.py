@@ -18,6 +18,7 @@ from research.model.attention import Segments, ring_order
 from research.model.layers import Settings
 from research.model.parameters import ROUTER, Parameter
 from research.model.transformer import graph_of, make_settings
+from research.quant.activations import group_size
 from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
 from research.tasks.batches import Batch, reordered
@@ -75,8 +76,11 @@ def make_setup(
         rematerialize=train.rematerialize,
         unroll=train.unroll,
         capacity_factor=train.expert_capacity,
+        int8_kernel=train.int8_kernel,
     )
     _check_experts(settings, formats, sizes)
+    if train.int8_kernel == "pallas":
+        _check_kernel(settings, formats, mesh)
     return Setup(mesh, settings, policy, formats, graph_of(settings), train)
 
 
@@ -105,6 +109,22 @@ def _check_experts(settings: Settings, formats: Mapping[str, Format], sizes: Map
             f"train.expert_capacity={settings.capacity_factor} counts the tokens of a whole micro-batch, and"
             f" mesh.stage={sizes['stage']} passes it in pieces; leave one of them out"
         )
+
+
+def _check_kernel(settings: Settings, formats: Mapping[str, Format], mesh: Mesh) -> None:
+    """Raise `UserError` for what the int8 kernel can't be asked for: other devices, and products that it doesn't do."""
+    asked = "train.int8_kernel='pallas'"
+    for device in mesh.devices.flat if isinstance(mesh, Mesh) else ():
+        capability = str(getattr(device, "compute_capability", ""))
+        if device.platform != "cpu" and not capability.startswith("9."):
+            raise UserError(f"{asked} is for H100 and H200; for {device.device_kind} leave it at 'xla'")
+    for path, form in formats.items():
+        kind = settings.activations.get(path, "none")
+        if kind == "none" or form.grid.code_dtype != "int8" or not settings.table[path].contract:
+            continue
+        if form.granularity.startswith("group:") or group_size(kind) or "e" in settings.table[path].axes:
+            of = "experts" if "e" in settings.table[path].axes else f"{form.granularity} with activation={kind!r}"
+            raise UserError(f"{path}: {asked} can't multiply {of}; leave it at 'xla', or give one scale a channel")
 
 
 def axis_rules_of(train: TrainConfig) -> AxisRules:

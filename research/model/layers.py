@@ -44,6 +44,7 @@ class Settings:
     rematerialize: str = "none"
     unroll: int = 1
     capacity_factor: float = 0.0
+    int8_kernel: str = "xla"
 
     def param(self, path: str, rngs: nnx.Rngs) -> nnx.Param:
         """Return the parameter at `path` with its sharding: ones for norms, else normal of std 1/√fan-in; padding 0."""
@@ -125,7 +126,8 @@ class Settings:
             y=lies(result),
         )
         activation, kind = self.activations.get(path, "none"), jnp.dtype(dtype or self.compute_dtype)
-        return einsum(subscripts, x, weight(param), activation=activation, dtype=kind, route=route)
+        kernel = self.int8_kernel
+        return einsum(subscripts, x, weight(param), activation=activation, dtype=kind, route=route, kernel=kernel)
 
 
 def weight(param: nnx.Param) -> Weight:

@@ -28,11 +28,12 @@ class Route:
 
 @dataclass(frozen=True)
 class Product:
-    """What is static of a product; its subscripts by role."""
+    """What is static of a product; its subscripts by role. `kernel`: what multiplies integers, of `INT8_KERNELS`."""
 
     subscripts: str
     dtype: jnp.dtype
     route: Route | None
+    kernel: str = "xla"
 
     def __post_init__(self) -> None:
         if self.y != self.rows + self.columns:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from research.model.backward import integer_gradients
 from research.model.blocks import sum_over_blocks
 from research.model.inputs import Input, prepare
+from research.model.int8_kernel import multiply_scaled, multiply_sums, splits_sums
 from research.model.product import Product, Route, beside, count_blocks
 from research.model.sharding import place, split, ways_of, whole
 from research.quant.activations import dequantize_tokens, statistic_of
@@ -35,15 +36,17 @@ def einsum(
     activation: str = "none",
     dtype: jnp.dtype | None = None,
     route: Route | None = None,
+    kernel: str = "xla",
 ) -> jax.Array:
     """Return the product of an activation and a weight, e.g. "btd,dnh->btnh", in `dtype` (default: that of `x`).
 
     The output has the axes that are kept of the activation, then those kept of the weight. `activation`: as in `Input`,
     a static scale is the weight's `input_scale`; it says nothing of an `x` that comes from `prepare`. `route`: None
-    where nothing is split. The backward pass is the straight-through estimator: dL/dx uses the weight on its grid, and
-    is 0 where a static scale saturates; dL/dw uses the quantized activation.
+    where nothing is split. `kernel`: what multiplies integers, of `config.INT8_KERNELS`; the bits are the same. The
+    backward pass is the straight-through estimator: dL/dx uses the weight on its grid, and is 0 where a static scale
+    saturates; dL/dw uses the quantized activation.
     """
-    product = Product(subscripts, jnp.dtype(dtype or x.dtype), route)
+    product = Product(subscripts, jnp.dtype(dtype or x.dtype), route, kernel)
     if not isinstance(x, Quantized):
         input_scale = w.input_scale if isinstance(w, Quantized) and statistic_of(activation) else None
         if statistic_of(activation) and input_scale is None:
@@ -103,10 +106,14 @@ def _integer_product(product: Product, x: Quantized, w: Quantized) -> jax.Array:
     if blocks > 1 or w.offset is not None:
         return _laid(product, sum_over_blocks(product, blocks, x.codes, x.scale, w).astype(product.dtype))
     w_codes = w.codes.astype(jnp.int8)  # no backend multiplies what it holds in four bits
-    sums = _laid(product, product.multiply(x.codes, w_codes, "int32")).astype(jnp.float32)
     # the contracted axes of both scales have size 1: there is nothing to sum
     s_w = jnp.einsum(f"{product.w}->{product.columns}", whole(w.scale.astype(jnp.float32)))
-    s_x, s_w = beside(product, x.scale.squeeze(product.contracted), s_w)
+    s_x = x.scale.squeeze(product.contracted)
+    if product.kernel == "pallas" and not splits_sums(product):
+        return _laid(product, multiply_scaled(product, x.codes, w_codes, s_x, s_w))
+    multiply = multiply_sums if product.kernel == "pallas" else Product.multiply
+    sums = _laid(product, multiply(product, x.codes, w_codes, "int32")).astype(jnp.float32)
+    s_x, s_w = beside(product, s_x, s_w)
     if product.route is not None:
         s_x = split(s_x, product.route.y)
     return (sums * s_x * s_w).astype(product.dtype)
