@@ -335,7 +335,7 @@ class TrainConfig:
     param_dtype: str = "float32"
     """Dtype of the on-grid parameters that the model uses: float32 or bfloat16."""
     rematerialize: str = "none"
-    """What the backward pass computes anew: none, full (each layer) or dots (all but matrix products)."""
+    """What the backward pass computes anew: none, full (each layer) or dots (all but the products with weights)."""
     int8_kernel: str = "xla"
     """What multiplies int8 weights with int8 activations: xla, or pallas (a kernel for H100 and H200, the same bits;
     not measured on a GPU yet; on a CPU interpreted, which is for tests)."""

@@ -263,6 +263,20 @@ def test_rematerialization_and_unrolling_change_nothing(options: dict[str, Any])
     assert _worst(gradients, expected_gradients) < PARITY
 
 
+@pytest.mark.parametrize("rules", [tiny.W8A8, tiny.FLOAT], ids=["w8a8", "float"])
+def test_products_that_are_saved_are_not_done_again(rules: tuple[Rule, ...]) -> None:
+    """Seven of a layer; the last of it is never done again, as nothing in the layer needs what it gives."""
+
+    def products(rematerialize: str) -> int:
+        model = tiny.make(tiny.GQA_10_2, rules, rematerialize=rematerialize)
+        loss = lambda params: causal(model.model(model.view(params)), _tokens()).sum()  # noqa: E731
+        # Of matrices: those of attention are batched, over rows and heads.
+        return str(jax.make_jaxpr(jax.grad(loss))(model.params)).count("([], []))")
+
+    counted = {what: products(what) for what in ("none", "dots", "full")}
+    assert counted["dots"] == counted["none"] and counted["full"] == counted["none"] + 6
+
+
 def test_training_and_serving_compute_the_same_bits() -> None:
     """The forward inside a gradient, from values on the grid, and a forward from codes and scales: two programs."""
     served_btv = _logits(tiny.make(tiny.GQA_10_2, tiny.W8A8), _tokens())

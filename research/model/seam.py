@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research.model.backward import integer_gradients
 from research.model.blocks import sum_over_blocks
@@ -26,6 +27,9 @@ from research.quant.activations import dequantize_tokens, statistic_of
 from research.quant.nodes import Quantized, Weight, cotangent, dense
 
 W = TypeVar("W", bound=Weight)
+
+SAVED = "product"
+"""Name of the outcomes, for policies of rematerialization: the derivatives below hide the products themselves."""
 
 
 def einsum(
@@ -55,9 +59,9 @@ def einsum(
         trained = isinstance(w, Quantized) and w.value is not None
         how = Input(activation, product.contracted, x.dtype, product.dtype, *places, trained)
         x = prepare(how, x, input_scale)
-    if isinstance(x, Quantized) and isinstance(w, Quantized) and w.grid.code_dtype == "int8":
-        return _integer_product(product, x, w)
-    return _float_product(product, dense(x), w)
+    is_of_integers = isinstance(x, Quantized) and isinstance(w, Quantized) and w.grid.code_dtype == "int8"
+    y = _integer_product(product, x, w) if is_of_integers else _float_product(product, dense(x), w)
+    return checkpoint_name(y, SAVED)
 
 
 def _used_w(product: Product, w: W) -> W:

@@ -14,6 +14,7 @@ from research.model.experts import RouterSums
 from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation
 from research.model.parameters import parameter_table, plan_heads
 from research.model.pipeline import through_stages
+from research.model.seam import SAVED
 from research.model.sharding import whole_layers
 from research.quant.policy import Policy
 
@@ -91,7 +92,7 @@ class Transformer(nnx.Module):
 def _rematerialize(layer: Any, what: str) -> Any:
     if what == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if what == "dots" else None
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED) if what == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

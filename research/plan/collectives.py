@@ -123,7 +123,7 @@ def _input(product: Product) -> str:
 def _of_input(product: Product) -> Iterator[Collective]:
     """What an activation's way into products takes: the scale of its tokens, and being gathered by positions."""
     layout, rules = product.layout, product.layout.rules
-    times = (2 if product.again else 1) * product.times
+    times = (1 if product.anew == "none" else 2) * product.times
     partial, moved = (
         layout.split(product.parameter.contract, rules.activations),
         layout.moved(product.x, layout.lies(product.x), rules.activations),
@@ -148,7 +148,7 @@ def _of_product(product: Product) -> Iterator[Collective]:
     for dtype, axes, elements in weight_parts(product):
         yield sent("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * times)
     # Nothing in a layer depends on what ends it, so that isn't computed anew.
-    outputs = (2 if product.again and product.parameter.contract != "f" else 1) * times
+    outputs = (2 if product.anew == "full" and product.parameter.contract != "f" else 1) * times
     partial = layout.split(product.parameter.contract, rules.activations)
     sums = "float32" if product.of_blocks else "int32" if product.integer else product.compute
     yield sent("all-reduce", partial, sums, product.used(product.y), outputs)

@@ -64,7 +64,7 @@ class Product:
       rows: axes of the activation that are kept.
       activation: how the activation is rounded, as in `Input`; shared: whether its products round it once for all.
       compute, stored: dtype of the activation and of the weight's value.
-      times: how often it is done in a micro-batch; again: whether the backward pass does it anew first.
+      times: how often it is done in a micro-batch; anew: what the backward pass does anew first, as `rematerialize`.
     """
 
     layout: Layout
@@ -76,7 +76,7 @@ class Product:
     compute: str
     stored: str
     times: int
-    again: bool
+    anew: str
 
     @property
     def integer(self) -> bool:
@@ -217,7 +217,7 @@ def _product(job: Job, step: AbstractStep, path: str, layout: Layout, rows: str,
         compute="float32" if parameter.leaf.is_router else train.compute_dtype,
         stored="float32" if form is None else train.param_dtype,
         times=times,
-        again=train.rematerialize != "none" and "l" in parameter.axes,
+        anew=train.rematerialize if "l" in parameter.axes else "none",
     )
 
 
