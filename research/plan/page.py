@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from research.plan.memory import Memory
-from research.plan.plan import Impossible, Plan, as_predicted, show_mesh, traffic
+from research.plan.plan import Impossible, Plan, as_predicted, show_memory, show_mesh, traffic
 from research.report import NOTHING, make_table, say
 from research.units import format_bytes, format_count, format_duration, format_rate
 
@@ -53,7 +53,7 @@ def render_memory_of(plan: Plan) -> Group:
     share = plan.memory.peak / plan.hardware.memory_bytes
     verdict = "fits" if plan.fits else "does not fit"
     note = (
-        f"{verdict}: {100 * share:.0f} % of {format_bytes(plan.hardware.memory_bytes)}; fullest in the"
+        f"{verdict}: {100 * share:.0f} % of {show_memory(plan.hardware)}; fullest in the"
         f" {BUSIEST[plan.memory.busiest]}"
     )
     return Group(Text(), table, Text(note, style="bold"))
