@@ -1,9 +1,9 @@
 """GPUs as XLA's compiler wants them described: it asks a card where there is one, and is told here where there is none.
 
-The figures are those that cards report. XLA's repository (https://github.com/openxla/xla) keeps them for its own use, and
-they were read there: xla/backends/gpu/target_config/specs, h100_sxm.txtpb, h200.txtpb and a100_sxm_80.txtpb. Its
-xla/stream_executor/device_description.proto has the fields; NVIDIA's CUDA C++ Programming Guide has the limits of each
-compute capability.
+The figures are those that cards report, as XLA's repository has them for uses like this one:
+https://github.com/openxla/xla, xla/backends/gpu/target_config/specs, h100_sxm.txtpb, h200.txtpb and a100_sxm_80.txtpb.
+Its xla/stream_executor/device_description.proto has the fields; NVIDIA's CUDA C++ Programming Guide has the limits of
+each compute capability.
 """
 
 from dataclasses import dataclass

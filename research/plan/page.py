@@ -53,8 +53,7 @@ def render_memory_of(plan: Plan) -> Group:
     share = plan.memory.peak / plan.hardware.memory_bytes
     verdict = "fits" if plan.fits else "does not fit"
     note = (
-        f"{verdict}: {100 * share:.0f} % of {show_memory(plan.hardware)}; fullest in the"
-        f" {BUSIEST[plan.memory.busiest]}"
+        f"{verdict}: {100 * share:.0f} % of {show_memory(plan.hardware)}; fullest in the {BUSIEST[plan.memory.busiest]}"
     )
     return Group(Text(), table, Text(note, style="bold"))
 

@@ -71,7 +71,7 @@ def _open_tpus(name: str, kind: str) -> Topology:
 def _open_gpus(name: str, kind: str, shape: tuple[int, ...]) -> Topology:
     """Return GPUs of one host or of several: what NVLink joins, to JAX, is a partition of one host."""
     *hosts, devices = shape
-    partitions = f"{prod(hosts)}x1x{devices}"
+    device, partitions = replace(hardware(kind), host_devices=devices), f"{prod(hosts)}x1x{devices}"
     try:
         found = topologies.get_topology_desc(
             partitions, "cuda", topology=partitions, target_config=target_config(CARDS[kind])
@@ -79,7 +79,7 @@ def _open_gpus(name: str, kind: str, shape: tuple[int, ...]) -> Topology:
     except NotImplementedError:
         needed = "JAX's CUDA plugin: pip install -r requirements-gpu-topology.txt"
         raise UserError(f"--topology {name} needs {needed}") from None
-    return Topology(name, replace(hardware(kind), host_devices=devices), found.devices, "cuda")
+    return Topology(name, device, found.devices, "cuda")
 
 
 def _parse(name: str) -> tuple[str, tuple[int, ...]]:
