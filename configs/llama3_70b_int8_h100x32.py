@@ -1,0 +1,24 @@
+"""Llama-3-70B in int8, weights and activations, on 32 H100, four hosts of eight: compiled, never run, no weights behind it.
+
+Command:  python scripts/plan.py --config configs/llama3_70b_int8_h100x32.py --topology h100:4x8
+Hardware: none: the GPUs are compiled for, with JAX's CUDA plugin (requirements-gpu-topology.txt)
+Result:   TODO
+"""
+
+from research.config import Experiment, MeshConfig, Rule, TaskConfig, TrainConfig
+
+
+def get_config() -> Experiment:
+    """Return the experiment: what differs from the defaults."""
+    return Experiment(
+        foundation="architecture:llama-3-70b",
+        task=TaskConfig(lengths=(2048,)),
+        mesh=MeshConfig(fsdp=4, tensor=8),
+        quantization=(
+            Rule(match="layers/(attention|mlp)/.*", weight="int8", activation="int8"),
+            Rule(match="(embed|head)/table_vd", weight="int8", activation="int8"),
+        ),
+        train=TrainConfig(
+            batch_size=32, accumulate=1, compute_dtype="bfloat16", param_dtype="bfloat16", rematerialize="full"
+        ),
+    )
