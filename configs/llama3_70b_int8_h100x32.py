@@ -1,4 +1,4 @@
-"""Llama-3-70B in int8, weights and activations, on 32 H100, four hosts of eight: compiled, never run, no weights behind it.
+"""Llama-3-70B in int8, weights and activations, on 4 × 8 H100: compiled, never run, no weights behind it.
 
 Command:  python scripts/plan.py --config configs/llama3_70b_int8_h100x32.py --topology h100:4x8
 Hardware: none: the GPUs are compiled for, with JAX's CUDA plugin (requirements-gpu-topology.txt)

@@ -30,9 +30,7 @@ def test_a_name_tells_how_many_chips() -> None:
     "name", ("v5e", "v5e:", "v9:2x2", "v5e:4by4", "", "v5e:0x4", "h100:0", "h100:16", "h100:4x8x2")
 )
 def test_a_name_that_is_none_says_what_is(name: str) -> None:
-    with pytest.raises(
-        UserError, match=r"give a kind of a100, h100, h200, v5e, v5p, v6e and a shape: v5e:4x4"
-    ):
+    with pytest.raises(UserError, match=r"give a kind of a100, h100, h200, v5e, v5p, v6e and a shape: v5e:4x4"):
         chips(name)
 
 

@@ -33,7 +33,7 @@ class Hardware:
     source: str
     utilisation: float = 0.68
     update_trees: int = 2
-    """Float32 trees that a compiled update holds at once beside the state: where XLA isn't the CPU's it fuses two into one."""
+    """Float32 trees that a compiled update holds at once beside the state: two on CPUs, fused into one elsewhere."""
     memory_note: str = ""
     """What `memory_bytes` is a part of, in words."""
     host_devices: int = 0
