@@ -13,7 +13,7 @@ def get_config() -> Experiment:
     return Experiment(
         foundation="architecture:llama-3-70b",
         task=TaskConfig(lengths=(2048,)),
-        mesh=MeshConfig(fsdp=4, tensor=8),
+        mesh=MeshConfig(fsdp=32),
         quantization=(
             Rule(match="layers/(attention|mlp)/.*", weight="int8", activation="int8"),
             Rule(match="(embed|head)/table_vd", weight="int8", activation="int8"),

@@ -58,7 +58,7 @@ class Hardware:
 _T = 1e12
 _AMPERE = {"float32": 156 * _T, "bfloat16": 312 * _T, "int8": 624 * _T}
 _HOPPER = {"float32": 494.7 * _T, "bfloat16": 989.4 * _T, "int8": 1978.9 * _T}
-_NVIDIA = "NVIDIA data sheets, SXM, dense; float32 as TF32; NVLink {:.0f} GB/s, between hosts of {} {:.0f} GB/s a GPU"
+_NVIDIA = "NVIDIA data sheets, SXM, dense; float32 as TF32; NVLink {:.0f} GB/s, between hosts {:.0f} GB/s a GPU (DGX)"
 _HOST = 8  # GPUs that NVLink joins in NVIDIA's DGX and HGX hosts, and in the clouds' that are made of them
 _SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # today's name, then the old one
 _JAX_TAKES = "0.75"  # of a GPU, unless told otherwise; jax 0.10.2 takes no more, later ones may
@@ -66,9 +66,9 @@ _GOOGLE = "Google Cloud TPU documentation, system architecture; float32 as six b
 
 
 def _gpu(name: str, multiplies: Mapping[str, float], nvlink_gbps: float, network_gbit: float) -> Hardware:
-    """`nvlink_gbps`: both directions together; `network_gbit`: of the adapter that each GPU of a DGX has."""
+    """`nvlink_gbps`: both directions together; `network_gbit`: of the adapter that each GPU has (DGX user guides)."""
     card, link, network = CARDS[name], nvlink_gbps / 2 * 1e9, network_gbit / 8 * 1e9
-    source = _NVIDIA.format(link / 1e9, _HOST, network / 1e9)
+    source = _NVIDIA.format(link / 1e9, network / 1e9)
     return Hardware(
         name,
         multiplies,

@@ -18,7 +18,9 @@ BUSIEST = {"add": "forward and backward pass", "update": "optimizer's update"}
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the page of one mesh."""
-    say(console, "Mesh", f"{show_mesh(plan.mesh)}: {plan.devices} × {plan.hardware.name} ({plan.hardware.source})")
+    device = plan.hardware
+    hosts = f", {device.host_devices} a host" if 0 < device.host_devices < plan.devices else ""
+    say(console, "Mesh", f"{show_mesh(plan.mesh)}: {plan.devices} × {device.name}{hosts} ({device.source})")
     say(console, "Padding", plan.padding)
     if plan.emitted is not None:
         when = "from the cache; it took" if plan.from_cache else "compiled in"

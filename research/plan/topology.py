@@ -84,14 +84,16 @@ def _open_gpus(name: str, kind: str, shape: tuple[int, ...]) -> Topology:
 
 def _parse(name: str) -> tuple[str, tuple[int, ...]]:
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    kind, shape = (match[1], tuple(map(int, match[2].split("x")))) if match else ("", ())
-    if kind not in HARDWARE or 0 in shape or (kind in CARDS and not _are_hosts(shape, HARDWARE[kind])):
-        raise UserError(f"--topology {name!r}: give a kind of {', '.join(sorted(HARDWARE))} and a shape: {_EXAMPLES}")
-    return kind, shape
+    if match and match[1] in HARDWARE:
+        shape = tuple(int(size) for size in match[2].split("x"))
+        if 0 not in shape and (match[1] not in CARDS or _are_hosts(shape, HARDWARE[match[1]])):
+            return match[1], shape
+    raise UserError(f"--topology {name!r}: give a kind of {', '.join(sorted(HARDWARE))} and a shape: {_EXAMPLES}")
 
 
 def _are_hosts(shape: tuple[int, ...], device: Hardware) -> bool:
-    return len(shape) <= 2 and shape[-1] <= device.host_devices
+    *hosts, devices = shape
+    return len(hosts) <= 1 and devices <= device.host_devices
 
 
 def mesh_on(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
