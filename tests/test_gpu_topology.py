@@ -1,6 +1,6 @@
 """Compiling for GPUs that aren't there: traffic, memory, what doesn't fit, and nothing on stderr."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import jax
 import pytest
 import tiny_plans
 import tiny_training as tiny
-from commands import ROOT, Call, calls_in, make_project, run
+from commands import ROOT, finish, make_project, run, start
 
 from research.config_file import load_experiment
 from research.foundation import load_architecture
@@ -93,19 +93,18 @@ def test_a_large_model_takes_what_was_estimated(config: str, topology: str) -> N
     assert plan.estimated.peak == pytest.approx(plan.memory.peak, rel=0.05)
 
 
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
-    yield from calls_in(make_project(tmp_path), monkeypatch, capsys)
+def project(path: Path) -> dict[str, str]:
+    """Make a user's folder and return the environment of one who set nothing."""
+    make_project(path)
+    return {"RESEARCH_CACHE": str(path / "cache"), "JAX_PLATFORMS": ""}
 
 
-def test_what_does_not_fit_is_one_line_with_numbers_and_a_way_out(call: Call) -> None:
-    """Llama-3-8B on two: its compiler makes the program all the same."""
-    config = str(ROOT / "configs" / "llama3_8b_int8_h100x8.py")
-    done = call("plan.py", "--config", config, "--topology", "h100:2", "--config.mesh.fsdp=2")
+def test_what_does_not_fit_is_one_line_with_numbers_and_a_way_out(tmp_path: Path) -> None:
+    """Llama-3-8B on two: its compiler makes the program all the same, and logs an error."""
+    env, config = project(tmp_path), str(ROOT / "configs" / "llama3_8b_int8_h100x8.py")
+    done = finish(start(tmp_path, "plan.py", "--config", config, "--topology", "h100:2", "--config.mesh.fsdp=2", **env))
     line = done.err.strip()
-    assert done.code == 2 and line.count("\n") == 0 and "does not fit" in done.out, done.out
+    assert done.code == 2 and line.count("\n") == 0 and "does not fit" in done.out, (done.out, done.err)
     assert line.startswith("error: mesh fsdp=2 needs ")
     assert " GiB on each device, and h100 has 59.3 GiB (75 % of the GPU; XLA_CLIENT_MEM_FRACTION sets how much)" in line
     assert "nearest mesh that fits: " in line and ", of 4 devices, with an estimated " in line
@@ -113,9 +112,8 @@ def test_what_does_not_fit_is_one_line_with_numbers_and_a_way_out(call: Call) ->
 
 def test_a_run_is_quiet_and_kept_for_the_next(tmp_path: Path) -> None:
     """As a user runs it who set nothing: the plugin, which finds no GPU, doesn't complain."""
-    folder, env = make_project(tmp_path), {"RESEARCH_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": ""}
-    flags = ("plan.py", "--config", "tiny.py", "--topology")
-    first, again = (run(folder, *flags, "h100:2", **env) for _ in range(2))
+    env, flags = project(tmp_path), ("plan.py", "--config", "tiny.py", "--topology", "h100:2")
+    first, again = (run(tmp_path, *flags, **env) for _ in range(2))
     assert first.err == again.err == ""
     assert "Compiler: compiled in" in first.out and "Compiler: from the cache" in again.out
     assert "tensor=2: 2 × h100 (NVIDIA" in first.out

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils, topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from research.errors import UserError
@@ -22,6 +23,7 @@ from research.plan.hardware import HARDWARE, Hardware, hardware
 LOW_EFFORT = {"exec_time_optimization_effort": -1.0}
 """Compiler options for the question whether a program fits; a sixth of the time, and nearly the same memory."""
 _EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8 (one host, of up to 8), h100:4x8 (four hosts)"
+_LOG_LEVEL, _JAX_LOGS = "TF_CPP_MIN_LOG_LEVEL", "1"  # XLA's variable, and what JAX sets where a user didn't
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,13 @@ def chips(name: str) -> int:
 
 
 def leave_accelerators() -> None:
-    """Have JAX run on the CPU alone, before it starts: plugins complain where their device is missing."""
+    """Have JAX run on the CPU alone, before it starts: plugins complain where their device is missing.
+
+    Of a program that doesn't fit XLA logs that its own calculation is wrong; left out, unless a user set a level.
+    """
     jax.config.update("jax_platforms", "cpu")
+    if os.environ.get(_LOG_LEVEL) == _JAX_LOGS:
+        os.environ[_LOG_LEVEL] = "3"
 
 
 def open_topology(name: str) -> Topology:
@@ -52,6 +59,7 @@ def open_topology(name: str) -> Topology:
     kind, shape = _parse(name)
     # JAX's own cache keeps programs for devices that aren't there, but can't read them back; ours keeps what they take.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or what it decided at the first compilation stays
     return _open_gpus(name, kind, shape) if kind in CARDS else _open_tpus(name, kind)
 
 
