@@ -1,6 +1,6 @@
 """Tell what a mesh costs before it runs: memory, traffic, time; compiled, with no step taken.
 
---sweep ranks all meshes of so many devices. --topology compiles for a slice of TPUs that needn't be there.
+--sweep ranks all meshes of so many devices. --topology compiles for TPUs or GPUs that needn't be there.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="experiment to plan")
     parser.add_argument("--sweep", action="store_true", help="all meshes of the devices, ranked")
     parser.add_argument("--devices", type=int, default=0, metavar="N", help="devices (default: those of the mesh)")
-    parser.add_argument("--topology", default="", metavar="KIND:SHAPE", help="compile for it: v5e:4x4, v5p:4x4x4, …")
+    parser.add_argument("--topology", default="", metavar="KIND:SHAPE", help="compile for it: v5e:4x4, h100:4x8, …")
     parser.add_argument("--hardware", default="", metavar="KIND", help="predict times for it: h100, v5e, …")
     parser.add_argument("--compile", type=int, default=3, metavar="K", help="with --sweep: compile the best K (3)")
     parser.add_argument("--measure", action="store_true", help="run a few steps: predicted beside measured")

@@ -31,7 +31,7 @@ from research.plan.topology import chips
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 COMPARISONS = sorted(SHIPPED.glob("compare_*.py"))
-PLANS = sorted(path for path in SHIPPED.glob("*.py") if re.search(r"_v\d\w*\d$", path.stem))
+PLANS = sorted(path for path in SHIPPED.glob("*.py") if re.search(r"_(v\d\w*\d|[ah]\d00x\d+)$", path.stem))
 CONFIGS = sorted(set(SHIPPED.glob("*.py")) - set(COMPARISONS) - set(PLANS))
 MESHES = sorted(SHIPPED.glob("meshes/*.py"))
 HEAD = "from research.config import Experiment, MeshConfig, Rule\n"

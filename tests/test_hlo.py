@@ -100,6 +100,20 @@ def test_what_starts_and_ends_apart_is_counted_once() -> None:
     assert read(f"{start}\n  {done}") == [Collective("all-gather", ("tensor",), "f32", 32)]
 
 
+@pytest.mark.parametrize(
+    ("start", "sizes"),
+    (
+        ("((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%a), dimensions={0}", [32]),
+        ("((f32[8]{0}, /*index=1*/f32[6]{0}), (f32[4]{0}, f32[3]{0})) reduce-scatter-start(%a, %b)", [32, 24]),
+        ("((f32[2,4]{1,0}), f32[2,4]{1,0}) all-to-all-start(%a), dimensions={0}", [32]),
+    ),
+)
+def test_a_start_that_tells_what_it_takes_and_gives_counts_what_it_takes(start: str, sizes: list[int]) -> None:
+    """As GPUs have it."""
+    found = read(f"%x = {start}, replica_groups=[4,2]<=[8]")
+    assert [one.bytes for one in found] == sizes and all(one.kind in start for one in found)
+
+
 def test_merging_adds_times_and_sorts_by_bytes() -> None:
     small, large = Collective("all-reduce", ("data",), "f32", 4), Collective("all-reduce", ("data",), "f32", 8, 3)
     assert merged([small, large, small]) == [large, Collective("all-reduce", ("data",), "f32", 4, 2)]

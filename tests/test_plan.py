@@ -10,7 +10,7 @@ from tiny_plans import DEVICE, EIGHT_LAYERS, ONE, TWO_LAYERS
 
 from research.errors import UserError
 from research.mesh import all_shapes
-from research.plan.cost import sent_bytes, step_flops
+from research.plan.cost import bandwidth, sent_bytes, step_flops
 from research.plan.hlo import Collective
 from research.plan.memory import shapes_on
 from research.plan.picture import MOST_BARS, plans_figure
@@ -65,6 +65,8 @@ def test_a_misfit_names_numbers_and_the_nearest_mesh_that_fits() -> None:
     assert nearest is not None and nearest.fits and nearest.devices == 2
     sentence = describe_misfit(plan, nearest)
     assert "mesh of one device needs " in sentence and "toy has 400 MiB" in sentence and "of 2 devices" in sentence
+    noted = replace(plan, hardware=replace(plan.hardware, memory_note="half of it"))
+    assert "toy has 400 MiB (half of it); nearest" in describe_misfit(noted, nearest)
     assert nearest_fitting(planned, ONE, replace(DEVICE, memory_bytes=1)) is None
     assert "no mesh of up to 4096 devices fits" in describe_misfit(plan, None)
 
@@ -122,3 +124,29 @@ def test_a_ring_sends_all_but_its_own_share() -> None:
     found = [Collective("all-reduce", ("data",), "f32", 100, 2), Collective("all-gather", ("data", "fsdp"), "s8", 80)]
     found += [Collective("collective-permute", ("fsdp",), "s8", 8, 3)]
     assert sent_bytes(found, {"data": 2, "fsdp": 4}) == {"data": 200.0, "data+fsdp": 70.0, "fsdp": 24.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "mesh", "expected"),
+    (
+        ("all-gather", ("tensor",), {"fsdp": 2, "tensor": 4}, 10),  # inside a host
+        ("all-gather", ("fsdp",), {"fsdp": 2, "tensor": 4}, 3),  # between hosts, each group with one device on each
+        ("all-gather", ("fsdp",), {"fsdp": 4, "tensor": 2}, 6),  # two of a group on each host: two adapters
+        ("all-gather", ("fsdp", "tensor"), {"fsdp": 2, "tensor": 4}, 10),  # four adapters, more than links carry
+        ("all-gather", ("data", "tensor"), {"data": 2, "fsdp": 2, "tensor": 2}, 6),
+        ("collective-permute", ("fsdp", "tensor"), {"fsdp": 2, "tensor": 4}, 3),
+    ),
+)
+def test_traffic_between_hosts_goes_through_the_adapters(
+    kind: str, axes: tuple[str, ...], mesh: dict[str, int], expected: float
+) -> None:
+    """Eight devices, four a host; links carry 10 bytes a second, an adapter 3."""
+    device = replace(DEVICE, link_bandwidth=10.0, network_bandwidth=3.0, host_devices=4)
+    assert bandwidth(Collective(kind, axes, "f32", 1), mesh, device) == expected
+
+
+def test_time_between_hosts_is_that_of_the_network() -> None:
+    planned, mesh = tiny_plans.job(EIGHT_LAYERS, W8A8), ONE | {"fsdp": 8}
+    one_host = estimate_plan(planned, mesh, DEVICE).cost
+    hosts = replace(DEVICE, host_devices=2, network_bandwidth=DEVICE.link_bandwidth / 8)
+    assert estimate_plan(planned, mesh, hosts).cost.link_seconds == pytest.approx(4 * one_host.link_seconds)

@@ -76,6 +76,7 @@ def test_a_shape_without_weights_is_planned_not_trained(call: Call, tmp_path: Pa
     ("flags", "parts"),
     (
         (("--topology", "v5e:2x2", "--measure"), ("--measure runs on the devices present",)),
+        (("--topology", "h100:0"), ("--topology 'h100:0': give a kind of a100, h100", "h100:4x8 (four hosts)")),
         (("--hardware", "h10"), ("hardware 'h10' is not in the table", "did you mean 'h100'")),
         (("--config.foundation=architecture:lama-3-8b",), ("did you mean 'llama-3-8b'",)),
         (("--config.train.batch_size=6", "--config.mesh.data=2", "--config.train.accumulate=2"), ("don't divide",)),

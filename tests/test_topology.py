@@ -1,4 +1,7 @@
-"""Slices of TPUs that aren't there: names, errors, and, where libtpu is installed, what its compiler says."""
+"""Slices of TPUs that aren't there: names, errors, and, where libtpu is installed, what its compiler says.
+
+Names of GPUs are here, too; tests/test_gpu_topology.py compiles for them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +11,7 @@ import jax
 import pytest
 import tiny_plans
 import tiny_training as tiny
+from jax.experimental import topologies
 
 from research.architectures import ARCHITECTURES
 from research.config import Experiment, TaskConfig, TrainConfig
@@ -18,17 +22,25 @@ from research.plan.topology import LOW_EFFORT, chips, memory_message, mesh_on, o
 
 
 def test_a_name_tells_how_many_chips() -> None:
-    assert [chips(name) for name in ("v5e:4x4", "v5p:4x4x8", "v6e:16x16", "h100:8")] == [16, 128, 256, 8]
+    assert [chips(name) for name in ("v5e:4x4", "v5p:4x4x8", "v6e:16x16")] == [16, 128, 256]
+    assert [chips(name) for name in ("h100:8", "a100:1", "h200:4x8")] == [8, 1, 32]
 
 
-@pytest.mark.parametrize("name", ("v5e", "v5e:", "v9:2x2", "v5e:4by4", ""))
+@pytest.mark.parametrize(
+    "name", ("v5e", "v5e:", "v9:2x2", "v5e:4by4", "", "v5e:0x4", "h100:0", "h100:16", "h100:4x8x2")
+)
 def test_a_name_that_is_none_says_what_is(name: str) -> None:
-    with pytest.raises(UserError, match=r"give a kind of h100, h200, v5e, v5p, v6e and a shape: v5e:4x4"):
+    with pytest.raises(UserError, match=r"give a kind of a100, h100, h200, v5e, v5p, v6e and a shape: v5e:4x4"):
         chips(name)
 
 
-def test_gpus_are_estimated_only() -> None:
-    with pytest.raises(UserError, match=r"--hardware h100 --devices 8 estimates it"):
+def test_a_missing_plugin_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    needed = "--topology h100:8 needs JAX's CUDA plugin: pip install -r requirements-gpu-topology.txt"
+    with pytest.raises(UserError, match=needed):
         open_topology("h100:8")
 
 

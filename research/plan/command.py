@@ -12,6 +12,7 @@ from research.errors import UserError
 from research.foundation import load_architecture
 from research.mesh import make_mesh, resolve, sizes
 from research.packages import default_cache
+from research.plan.cards import CARDS
 from research.plan.hardware import Hardware, hardware, measure_cpu
 from research.plan.measure import measure
 from research.plan.page import describe_axes, print_plan, render_measured, render_sweep
@@ -26,7 +27,7 @@ from research.plan.plan import (
     sweep,
 )
 from research.plan.program import Job
-from research.plan.topology import LOW_EFFORT, Topology, memory_message, mesh_on, open_topology
+from research.plan.topology import Topology, leave_accelerators, memory_message, mesh_on, open_topology
 from research.report import say
 from research.train.open_run import open_checkpoint
 
@@ -60,7 +61,8 @@ class _Target:
         if self.topology is None:
             return compile_plan(job, plan, make_mesh(MeshConfig(**plan.mesh)), cache=cache)
         mesh = mesh_on(self.topology, plan.mesh)
-        return compile_plan(job, plan, mesh, platform=self.topology.platform, options=LOW_EFFORT, cache=cache)
+        platform, options = self.topology.platform, self.topology.options
+        return compile_plan(job, plan, mesh, platform=platform, options=options, cache=cache)
 
 
 def plan_experiment(experiment: Experiment, request: Request, console: Console) -> tuple[dict[str, Any], list[Plan]]:
@@ -68,6 +70,8 @@ def plan_experiment(experiment: Experiment, request: Request, console: Console) 
 
     Raises `UserError` for a mesh that can't be or, where one mesh was asked for, doesn't fit.
     """
+    if request.topology:
+        leave_accelerators()
     architecture = load_architecture(
         experiment.foundation, report=lambda line: say(console, "Data", line), open_checkpoint=open_checkpoint
     )
@@ -81,6 +85,8 @@ def plan_experiment(experiment: Experiment, request: Request, console: Console) 
     found = plan.to_json()
     if not plan.fits:
         sentence = describe_misfit(plan, nearest_fitting(job, mesh, target.hardware))
+        if target.topology:  # as for a slice of TPUs, whose compiler gives up; a GPU's doesn't
+            raise UserError(sentence)
         say(console, "Memory", sentence)
         found |= {"reason": sentence}
     elif request.measure:
@@ -108,7 +114,7 @@ def _target(experiment: Experiment, request: Request) -> _Target:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _Target(measure_cpu(count), count)
-    names = [name for name in ("h100", "h200") if name in device.device_kind.lower()]
+    names = [name for name in CARDS if name in device.device_kind.lower()]
     if not names:
         raise UserError(
             f"device {device.device_kind!r} is not in the table of hardware: name its like, --hardware h100"

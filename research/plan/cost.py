@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from research.plan.hardware import Hardware
 from research.plan.hlo import Collective
 from research.plan.memory import Memory
@@ -45,13 +47,14 @@ class Cost:
 
 def cost(job: Job, step: AbstractStep, memory: Memory, sends: Iterable[Collective], device: Hardware) -> Cost:
     """Return what an optimizer step costs on a device, given its memory and its collectives."""
-    flops, sent = step_flops(job, step), sent_bytes(sends, dict(step.mesh.shape))
+    mesh, sends = dict(step.mesh.shape), list(sends)
+    flops = step_flops(job, step)
     return Cost(
         flops=flops,
-        sent_bytes=sent,
+        sent_bytes=sent_bytes(sends, mesh),
         multiply_seconds=device.seconds_of(flops),
         memory_seconds=_moved_bytes(job, memory) / device.memory_bandwidth,
-        link_seconds=sum(sent.values()) / device.link_bandwidth,
+        link_seconds=sum(_sent(one, mesh) / bandwidth(one, mesh, device) for one in sends),
     )
 
 
@@ -88,11 +91,31 @@ def sent_bytes(sends: Iterable[Collective], mesh_sizes: Mapping[str, int]) -> di
     """Return the bytes that one device sends, by mesh axes joined with "+"."""
     found: dict[str, float] = {}
     for one in sends:
-        ways = prod(mesh_sizes[axis] for axis in one.axes)
         name = "+".join(one.axes)
-        share = 1.0 if one.kind == "collective-permute" else _SENT[one.kind] * (ways - 1) / ways
-        found[name] = found.get(name, 0.0) + share * one.total_bytes
+        found[name] = found.get(name, 0.0) + _sent(one, mesh_sizes)
     return found
+
+
+def _sent(one: Collective, mesh_sizes: Mapping[str, int]) -> float:
+    ways = prod(mesh_sizes[axis] for axis in one.axes)
+    share = 1.0 if one.kind == "collective-permute" else _SENT[one.kind] * (ways - 1) / ways
+    return share * one.total_bytes
+
+
+def bandwidth(one: Collective, mesh_sizes: Mapping[str, int], device: Hardware) -> float:
+    """Return the bytes a second that one device sends of a collective, on a mesh whose last axis is fastest.
+
+    A permutation between hosts goes through the sender's own adapter.
+    """
+    if not device.host_devices:
+        return device.link_bandwidth
+    inside = [index for index, axis in enumerate(mesh_sizes) if axis in one.axes]
+    outside = [index for index in range(len(mesh_sizes)) if index not in inside]
+    hosts = (np.arange(prod(mesh_sizes.values())) // device.host_devices).reshape(tuple(mesh_sizes.values()))
+    groups = hosts.transpose(outside + inside).reshape(-1, prod(hosts.shape[index] for index in inside))
+    crossed = max(len(set(group)) for group in groups.tolist())
+    on_a_host = 1 if one.kind == "collective-permute" else groups.shape[1] // crossed
+    return device.bandwidth(on_a_host, crossed)
 
 
 def _moved_bytes(job: Job, memory: Memory) -> float:

@@ -18,6 +18,7 @@ from research.quant.grid import bytes_of
 Groups = list[list[int]]
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_GIVING = ("all-gather", "collective-permute")  # counted by what they give, all others by what they take
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32}
 _BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
 HLO_NAMES = {
@@ -158,13 +159,14 @@ def _calls(instruction: _Instruction) -> Iterator[str]:
 def _operands(instruction: _Instruction, kind: str) -> Iterator[tuple[str, int]]:
     """Yield dtype and bytes of each array; the compiler merges many into one instruction."""
     shapes = [(dtype, _size(dtype, sizes)) for dtype, sizes in _SHAPE.findall(instruction.type) if dtype in _BITS]
-    if instruction.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        # The type of a start lists the operands, then the results, and a permutation's two counters.
+    if instruction.op.endswith("-start") and kind != "all-reduce":
+        # The type of a start lists the operands, then as many results, and a permutation's two counters.
         shapes = [shape for shape in shapes if shape[1] > 4] if kind == "collective-permute" else shapes
-        shapes = shapes[len(shapes) // 2 :]
+        half = len(shapes) // 2
+        shapes = shapes[half:] if kind in _GIVING else shapes[:half]
     if kind == "all-to-all" and instruction.type.startswith("("):  # one piece for each device
         shapes = [(shapes[0][0], sum(size for _, size in shapes))]
-    if kind == "reduce-scatter" and instruction.op.startswith(kind):
+    if instruction.op == "reduce-scatter":
         ways = len(_groups(instruction.rest)[0])
         shapes = [(dtype, size * ways) for dtype, size in shapes]
     yield from shapes

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from research.plan.memory import Memory
-from research.plan.plan import Impossible, Plan, as_predicted, show_mesh, traffic
+from research.plan.plan import Impossible, Plan, as_predicted, show_memory, show_mesh, traffic
 from research.report import NOTHING, make_table, say
 from research.units import format_bytes, format_count, format_duration, format_rate
 
@@ -18,7 +18,9 @@ BUSIEST = {"add": "forward and backward pass", "update": "optimizer's update"}
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the page of one mesh."""
-    say(console, "Mesh", f"{show_mesh(plan.mesh)}: {plan.devices} × {plan.hardware.name} ({plan.hardware.source})")
+    device = plan.hardware
+    hosts = f", {device.host_devices} a host" if 0 < device.host_devices < plan.devices else ""
+    say(console, "Mesh", f"{show_mesh(plan.mesh)}: {plan.devices} × {device.name}{hosts} ({device.source})")
     say(console, "Padding", plan.padding)
     if plan.emitted is not None:
         when = "from the cache; it took" if plan.from_cache else "compiled in"
@@ -53,8 +55,7 @@ def render_memory_of(plan: Plan) -> Group:
     share = plan.memory.peak / plan.hardware.memory_bytes
     verdict = "fits" if plan.fits else "does not fit"
     note = (
-        f"{verdict}: {100 * share:.0f} % of {format_bytes(plan.hardware.memory_bytes)}; fullest in the"
-        f" {BUSIEST[plan.memory.busiest]}"
+        f"{verdict}: {100 * share:.0f} % of {show_memory(plan.hardware)}; fullest in the {BUSIEST[plan.memory.busiest]}"
     )
     return Group(Text(), table, Text(note, style="bold"))
 

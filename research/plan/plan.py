@@ -236,12 +236,18 @@ def describe_misfit(plan: Plan, nearest: Plan | None, said: str = "") -> str:
     """Return the sentence for a mesh that doesn't fit. `said`: what the compiler said, if it gave up."""
     device = plan.hardware
     needs = said or f"needs {format_bytes(plan.memory.peak)} on each device"
-    sentence = f"mesh {show_mesh(plan.mesh)} {needs}, and {device.name} has {format_bytes(device.memory_bytes)}"
+    sentence = f"mesh {show_mesh(plan.mesh)} {needs}, and {device.name} has {show_memory(device)}"
     if nearest is None:
         return f"{sentence}; no mesh of up to {_MOST_DEVICES} devices fits: make rows shorter or the batch smaller"
     size = format_bytes(nearest.estimated.peak)
     more = "" if nearest.devices == plan.devices else f", of {nearest.devices} devices,"
     return f"{sentence}; nearest mesh that fits: {show_mesh(nearest.mesh)}{more} with an estimated {size}"
+
+
+def show_memory(device: Hardware) -> str:
+    """Return what programs may take of a device, in words."""
+    size = format_bytes(device.memory_bytes)
+    return f"{size} ({device.memory_note})" if device.memory_note else size
 
 
 def show_mesh(mesh: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ from research.config import Experiment
 from research.environment import PACKAGES
 from research.model.layers import tree_of
 from research.model.placement import abstract
-from research.plan import hlo
+from research.plan import cards, hlo
 from research.plan.hlo import Collective, collectives, merged
 from research.run_folder import write_atomically
 from research.setup import Setup, make_setup, setup_of
@@ -169,10 +169,10 @@ def compile_step(
 
 
 def _key(abstract: AbstractStep, lowered: Iterable[Any], options: Any) -> str:
-    """Return a hash of all that decides what the compiler says, and of how it is read."""
+    """Return a hash of all that decides what the compiler says, what it is told of a GPU, and how it is read."""
     mesh = abstract.mesh
     devices = [(device.device_kind, getattr(device, "coords", None)) for device in mesh.devices.flat]
-    found = [str(dict(mesh.shape)), str(devices), str(options), getsource(hlo)]
+    found = [str(dict(mesh.shape)), str(devices), str(options), getsource(hlo), getsource(cards)]
     found += [f"{name}=={version(name)}" for name in PACKAGES]
     return sha256("\n".join([*found, *(low.as_text() for low in lowered)]).encode()).hexdigest()
 
