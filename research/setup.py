@@ -15,6 +15,7 @@ from research.axes import LATENT_OVER_DATA, ROWS, AxisRules
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
 from research.model.attention import Segments, ring_order
+from research.model.attention_kernels import kernel_of
 from research.model.layers import Settings
 from research.model.parameters import ROUTER, Parameter
 from research.model.transformer import graph_of, make_settings
@@ -75,6 +76,7 @@ def make_setup(
         rematerialize=train.rematerialize,
         unroll=train.unroll,
         capacity_factor=train.expert_capacity,
+        kernel=kernel_of(mesh),
     )
     _check_experts(settings, formats, sizes)
     return Setup(mesh, settings, policy, formats, graph_of(settings), train)
