@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 _TILE = 128
 """Tokens of which a row of splash attention is a multiple: the lanes of a TPU."""
@@ -62,6 +62,16 @@ class Kernel:
         return t % self.length == 0 and not self.refusal(dtype, head_width, texts, ring)
 
 
+def describe(kernel: Kernel | None, dtype: Any, head_width: int, texts: int, ring: bool) -> str:
+    """Return in words by what tokens attend in training; arguments as of `Kernel.refusal`."""
+    if kernel is None:
+        return "by blocks"
+    if reason := kernel.refusal(dtype, head_width, texts, ring):
+        return f"by blocks, not {kernel.name}: {reason}"
+    rest = f"; rows that are no multiple of {kernel.length} tokens by blocks" if kernel.length > 1 else ""
+    return f"{kernel.name} in training{rest}"
+
+
 def splash(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, branch_bt: jax.Array, interpret: bool = False
 ) -> jax.Array:
@@ -105,15 +115,14 @@ SPLASH = Kernel("splash (TPU)", splash, ("bfloat16", "float32"), (64, 256), leng
 CUDNN = Kernel("cuDNN (NVIDIA)", fused, ("bfloat16", "float16"), (8, 128), packs=False)
 
 
-def kernel_of(mesh: Mesh) -> Kernel | None:
+def kernel_of(mesh: Mesh | AbstractMesh) -> Kernel | None:
     """Return the kernel of the devices of a mesh, attached or not; None where attention goes by blocks.
 
     By the devices, not by `jax.default_backend()`: a program may be compiled for a slice that isn't there.
     """
-    devices = getattr(mesh, "devices", None)  # an `AbstractMesh` has none
-    if devices is None:
+    if isinstance(mesh, AbstractMesh):
         return None
-    device = devices.flat[0]
+    device = mesh.devices.flat[0]
     if device.platform == "tpu":
         return SPLASH
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are names
