@@ -165,7 +165,18 @@ def _attend_by_kernel(
     parts = q_btnh, _rounded(how.grid, k_bskh), _rounded(how.grid, v_bskh), segments.branch_bt
     # As one, for the reason in `_forward`: kernels spread the segments out.
     parts = jax.lax.optimization_barrier(parts)
-    return per_device(run, how.specs[:4], how.queries)(*parts)
+    return per_device(run, tuple(map(_over_ones, how.specs[:4])), _over_ones(how.queries))(*parts)
+
+
+def _over_ones(spec: PartitionSpec) -> PartitionSpec:
+    """Return `spec` with rows split over the mesh axes of one device, too, which is no split.
+
+    Over axes that the shardings leave out `shard_map` adds gradients up, also over those of one device.
+    """
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ones = [axis for axis, size in sizes.items() if size == 1 and not any(axis in entry for entry in entries)]
+    return PartitionSpec((*entries[0], *ones) or None, *spec[1:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
