@@ -86,7 +86,7 @@ def splash(
     t, n = q_btnh.shape[1:3]
     block = next(size for size in _BLOCKS if t % size == 0)
     names = "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"
-    run = library.make_splash_mha_single_device(
+    run: Any = library.make_splash_mha_single_device(
         library.MultiHeadMask([library.CausalMask((t, t))] * n),  # a function of two places, no matrix
         block_sizes=library.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)),
         interpret=interpret,
@@ -111,7 +111,7 @@ def fused(
     return jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, is_causal=True, implementation=implementation)
 
 
-SPLASH = Kernel("splash (TPU)", splash, ("bfloat16", "float32"), (64, 256), length=_TILE)
+SPLASH = Kernel("splash (TPU)", splash, ("bfloat16", "float32"), (16, 256), length=_TILE)
 CUDNN = Kernel("cuDNN (NVIDIA)", fused, ("bfloat16", "float16"), (8, 128), packs=False)
 
 
