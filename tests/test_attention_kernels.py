@@ -43,10 +43,9 @@ from research.train.step import make_loss
 
 SPEC = PartitionSpec("fsdp", "context", "tensor")
 INTERPRETED = replace(SPLASH, run=partial(splash, interpret=True))
-SLOW = pytest.mark.slow
-
 ON_XLA = replace(CUDNN, run=partial(fused, implementation="xla"), dtypes=("float32", "bfloat16"))
-# Of the largest number of an array. float32: sums of up to 400 products in another order, each step off by 2^-24.
+SLOW = pytest.mark.slow
+# Of the largest number of an array. float32: sums of some hundred products in another order, each step off by 2^-24.
 # bfloat16: queries are scaled before they are multiplied (h^-½ is no power of two where h = 128), which rounds them
 # once more, by 2^-9; outputs, shares and gradients are rounded by as much on either side. A key too many or too few
 # that is seen changes numbers by a tenth of the largest and more.
