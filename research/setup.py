@@ -15,13 +15,14 @@ from research.axes import LATENT_OVER_DATA, ROWS, AxisRules
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
 from research.model.attention import Segments, ring_order
+from research.model.attention_kernels import describe, kernel_of
 from research.model.layers import Settings
 from research.model.parameters import ROUTER, Parameter
 from research.model.transformer import graph_of, make_settings
 from research.quant.activations import group_size
 from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
-from research.tasks.batches import Batch, reordered
+from research.tasks.batches import Batch, most_texts, reordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ def make_setup(
         unroll=train.unroll,
         capacity_factor=train.expert_capacity,
         int8_kernel=train.int8_kernel,
+        attention_kernel=kernel_of(mesh),
     )
     _check_experts(settings, formats, sizes)
     if train.int8_kernel == "pallas":
@@ -182,6 +184,14 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
     placed: list[Any] = [jax.make_array_from_callback(array.shape, rows, array.__getitem__) for array in batch]
     return Batch(*placed)
+
+
+def describe_attention(setup: Setup) -> str:
+    """Return in words by what tokens attend in training."""
+    settings = setup.settings
+    ring = setup.mesh.shape["context"] > 1
+    width = settings.architecture.head_width
+    return describe(settings.attention_kernel, settings.compute_dtype, width, most_texts(setup.train), ring)
 
 
 def segments_of(batch: Batch) -> Segments:

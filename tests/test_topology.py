@@ -6,6 +6,7 @@ Names of GPUs are here, too; tests/test_gpu_topology.py compiles for them.
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -15,10 +16,15 @@ from jax.experimental import topologies
 
 from research.architectures import ARCHITECTURES
 from research.config import Experiment, TaskConfig, TrainConfig
+from research.config_file import load_experiment
 from research.errors import UserError
+from research.mesh import sizes
 from research.plan.plan import Plan, compile_plan, estimate_plan
-from research.plan.program import Job
+from research.plan.program import Job, abstract_step
 from research.plan.topology import LOW_EFFORT, chips, memory_message, mesh_on, open_topology
+from research.setup import describe_attention
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_name_tells_how_many_chips() -> None:
@@ -78,6 +84,26 @@ def test_a_tpu_sends_what_was_predicted(bfloat16: Job) -> None:
     assert any(one.kind == "reduce-scatter" and one.dtype == "bf16" for one in plan.emitted)
     codes = [sum(one.total_bytes for one in found if one.dtype == "s8") for found in (plan.predicted, plan.emitted)]
     assert codes[0] == codes[1]
+
+
+@pytest.mark.topology
+def test_a_llama_on_a_tpu_attends_by_splash() -> None:
+    """Two layers of the config that README names: the compiled step holds the kernels, each device's share of heads."""
+    experiment = load_experiment(ROOT / "configs/llama3_8b_int8_v5e16.py")
+    job, topology = Job(experiment, replace(ARCHITECTURES["llama-3-8b"], layers=2)), open_topology("v5e:4x4")
+    mesh = mesh_on(topology, sizes(experiment.mesh))
+    with jax.set_mesh(mesh):
+        step = abstract_step(job, mesh)
+        add: Any = step.step.add
+        lowered = add.trace(step.state, step.batch, step.given, None).lower(lowering_platforms=("tpu",))
+        program = lowered.compile(compiler_options=LOW_EFFORT).as_text()
+    assert describe_attention(step.setup).startswith("splash (TPU)")
+    calls = [line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    for part in ("fwd", "dkv", "dq"):
+        assert any(f"splash_mha_{part}_segmented" in line for line in calls), part
+    # Four rows of sixteen, eight of 32 heads: queries of 2,048 tokens, and two of 8 kv heads.
+    assert any("bf16[4,8,2048,128]" in line and "bf16[4,2,2048,128]" in line for line in calls)
+    assert "[2048,2048]" not in program and ",2048,2048]" not in program
 
 
 @pytest.mark.topology

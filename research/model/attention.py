@@ -5,9 +5,12 @@ and the weighted sum of the values (online softmax: Milakov & Gimelshein 2018; R
 query sees a key are skipped. The backward pass computes the scores anew (Dao et al. 2022, algorithm 4), so a layer
 keeps its inputs, its output and one number a query. Where the mesh splits the keys they travel around the ring of its
 devices, as the cache holds them: int8 codes and scales if it is int8 (ring attention, Liu et al. 2023).
+
+That is how it goes on CPUs, for caches, and wherever a platform's own kernel can't say which keys are seen or doesn't
+take the shapes; where it can, `attend` leaves the work to it (`attention_kernels.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from research.model.attention_kernels import Kernel
 from research.model.sharding import per_device, place, ways_of
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep, read_back
@@ -39,11 +43,25 @@ class Segments(NamedTuple):
     branch_bt: jax.Array
 
 
-class Sight(NamedTuple):
-    """Which tokens a forward is about, and which they may see."""
+@partial(jax.tree_util.register_dataclass, data_fields=("queries", "keys"), meta_fields=("texts",))
+@dataclass(frozen=True)
+class Sight:
+    """Which tokens a forward is about, and which they may see.
+
+    Attributes:
+      queries: segments of the tokens that see.
+      keys: segments of those that may be seen.
+      texts: what is known of all rows before the segments are: a row is at most so many texts, one behind the other,
+        each a branch of its own that no other sees, its tokens in order, and then padding; 0: it may be anything.
+    """
 
     queries: Segments
     keys: Segments
+    texts: int = 0
+
+    def __iter__(self) -> Iterator[Segments]:
+        """Yield the segments of queries and of keys."""
+        return iter((self.queries, self.keys))
 
 
 def in_order(branch_bt: jax.Array, start: jax.Array | int = 0) -> Segments:
@@ -52,9 +70,9 @@ def in_order(branch_bt: jax.Array, start: jax.Array | int = 0) -> Segments:
     return Segments(jnp.broadcast_to(index_t[None], branch_bt.shape), branch_bt)
 
 
-def mutual(segments: Segments) -> Sight:
-    """Return the sight of tokens that see each other."""
-    return Sight(segments, segments)
+def mutual(segments: Segments, texts: int = 0) -> Sight:
+    """Return the sight of tokens that see each other; `texts` as in `Sight`."""
+    return Sight(segments, segments, texts)
 
 
 def ring_order(t: int, ways: int) -> np.ndarray:
@@ -86,12 +104,16 @@ class How:
       keys: sharding of [b, s, k, h]. Keys are held by the ring of devices that splits `s`.
       grid: number format of keys and values; None: as they are.
       block: tokens in a block.
+      kernel: the platform's, used where it can be.
+      texts: as in `Sight`.
     """
 
     queries: PartitionSpec
     keys: PartitionSpec
     grid: Grid | None = None
     block: int = BLOCK
+    kernel: Kernel | None = None
+    texts: int = 0
 
     @property
     def ring(self) -> str | None:
@@ -116,17 +138,54 @@ def attend(
 ) -> jax.Array:
     """Return softmax(q · k / √h) · v, [b, t, n, h] in the dtype of `v`; n = (k, g): g queries share a kv head.
 
-    Scores and sums are float32; a query that sees no key gets zeros. Keys and values are rounded to `how.grid`, whose
-    gradient passes unchanged.
+    Scores and sums are float32; a query that sees no key gets zeros, and so does padding where a kernel is used. Keys
+    and values are rounded to `how.grid`, whose gradient passes unchanged.
     """
     # Here, so that gradients go back to where their inputs came from.
     q_btnh, k_bskh, v_bskh = place(q_btnh, how.queries), place(k_bskh, how.keys), place(v_bskh, how.keys)
+    _, t, _, h = q_btnh.shape
+    if how.kernel and how.kernel.takes(t, v_bskh.dtype, h, how.texts, how.ring is not None):
+        return _attend_by_kernel(how, how.kernel, q_btnh, k_bskh, v_bskh, queries)
     return _attend(how, q_btnh, k_bskh, v_bskh, queries, keys)  # pyright: ignore[reportReturnType]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how: How, *parts: Any) -> jax.Array:
     return _attend_fwd(how, *parts)[0]
+
+
+def _attend_by_kernel(
+    how: How, kernel: Kernel, q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segments: Segments
+) -> jax.Array:
+    def run(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, branch_bt: jax.Array) -> jax.Array:
+        out_btnh = kernel.run(q_btnh, k_bskh, v_bskh, branch_bt)
+        # Padding finds something or other, which nobody reads. Its zeros give zeros in the gradient, too.
+        return jnp.where(branch_bt[:, :, None, None] >= 0, out_btnh, 0)
+
+    parts = q_btnh, _rounded(how.grid, k_bskh), _rounded(how.grid, v_bskh), segments.branch_bt
+    # As one, for the reason in `_forward`: kernels spread the segments out.
+    parts = jax.lax.optimization_barrier(parts)
+    return per_device(run, tuple(map(_over_ones, how.specs[:4])), _over_ones(how.queries))(*parts)
+
+
+def _over_ones(spec: PartitionSpec) -> PartitionSpec:
+    """Return `spec` with rows split over the mesh axes of one device, too, which is no split.
+
+    Over axes that the shardings leave out `shard_map` adds gradients up, also over those of one device.
+    """
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ones = [axis for axis, size in sizes.items() if size == 1 and not any(axis in entry for entry in entries)]
+    return PartitionSpec((*entries[0], *ones) or None, *spec[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded(grid: Grid | None, x_bskh: jax.Array) -> jax.Array:
+    """Return keys or values as they are read back from a cache; the gradient passes unchanged."""
+    return read_back(keep(grid, x_bskh))
+
+
+_rounded.defvjp(lambda grid, x_bskh: (_rounded(grid, x_bskh), None), lambda grid, _, gradient_bskh: (gradient_bskh,))
 
 
 def attend_to_cache(

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from research.architecture import Architecture, ExpertSizes, RopeScaling
 from research.axes import AxisRules
 from research.model.attention import How, Sight, attend, attend_to_cache
+from research.model.attention_kernels import Kernel
 from research.model.experts import Mix, RouterSums, capacity, make_mix, mix, route
 from research.model.inputs import Input, prepare
 from research.model.parameters import HeadPlan, Parameter
@@ -45,6 +46,7 @@ class Settings:
     unroll: int = 1
     capacity_factor: float = 0.0
     int8_kernel: str = "xla"
+    attention_kernel: Kernel | None = None
 
     def param(self, path: str, rngs: nnx.Rngs) -> nnx.Param:
         """Return the parameter at `path` with its sharding: ones for norms, else normal of std 1/√fan-in; padding 0."""
@@ -236,7 +238,8 @@ class Attention(nnx.Module):
         v_bskh = product(f"{self.path}/v_dkh", "btd,dkh->btkh", shared, self.v_dkh)
         k_bskh, v_bskh, grid = self._repeat(k_bskh), self._repeat(v_bskh), self.settings.kv_grid
         if cache is None:
-            out_btnh: jax.Array = attend(self._how(x_btd.shape[1], "t"), q_btnh, k_bskh, v_bskh, *sight)
+            how = replace(self._how(x_btd.shape[1], "t"), kernel=self.settings.attention_kernel, texts=sight.texts)
+            out_btnh: jax.Array = attend(how, q_btnh, k_bskh, v_bskh, *sight)
         else:
             cache = write(cache, (keep(grid, k_bskh), keep(grid, v_bskh)), slot)
             out_btnh = attend_to_cache(self._how(x_btd.shape[1], "s"), q_btnh, *read(cache, slot.layer), *sight)

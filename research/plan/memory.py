@@ -159,7 +159,8 @@ def _gathered(job: Job, step: AbstractStep) -> int:
 
     Its weights, gathered in the format that they travel in; the residual stream, whole, as input, as gradient of the
     output and as two gradients of the input, where it lies split by positions; and of a pair of attention's blocks the
-    scores, the shares and the gradients of both.
+    scores, the shares and the gradients of both (a platform's kernel keeps them to itself, and a layer's q, k and v
+    scaled and turned: about as much).
     """
     layout, compute = in_layers(layout_of(job, step)), job.experiment.train.compute_dtype
     used = layout.rules.activations

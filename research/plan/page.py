@@ -23,6 +23,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     say(console, "Mesh", f"{show_mesh(plan.mesh)}: {plan.devices} × {device.name}{hosts} ({device.source})")
     say(console, "Padding", plan.padding)
     if plan.emitted is not None:
+        say(console, "Attention", plan.attention)
         when = "from the cache; it took" if plan.from_cache else "compiled in"
         say(console, "Compiler", f"{when} {format_duration(plan.compile_seconds)}")
     console.print(render_memory_of(plan))

@@ -17,7 +17,7 @@ from research.plan.hlo import Collective, merged
 from research.plan.memory import Memory, abstract_mesh, estimate_step, from_compiler, shapes_on, sums_bytes
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step, compile_step
 from research.report import describe_padding
-from research.setup import require_batch_fits
+from research.setup import describe_attention, require_batch_fits
 from research.units import format_bytes
 
 _MOST_DEVICES = 4096
@@ -41,6 +41,8 @@ class Plan:
     """What traffic the prediction doesn't know, in words."""
     emitted: Sequence[Collective] | None = None
     """What the compiled programs hold, None where nothing was compiled."""
+    attention: str = ""
+    """By what tokens attend in the compiled programs, in words."""
     compile_seconds: float = 0.0
     from_cache: bool = False
 
@@ -69,6 +71,7 @@ class Plan:
             "compile_seconds": self.compile_seconds,
             "from_cache": self.from_cache,
             "padding": self.padding,
+            "attention": self.attention,
             "bytes_per_device": memory
             | {
                 "peak": self.memory.peak,
@@ -170,6 +173,7 @@ def _with_compiled(job: Job, plan: Plan, step: AbstractStep, compiled: Compiled)
         memory=memory,
         cost=cost(job, step, memory, emitted, plan.hardware),
         emitted=emitted,
+        attention=describe_attention(step.setup),
         compile_seconds=compiled.seconds,
         from_cache=compiled.from_cache,
     )

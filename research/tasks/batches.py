@@ -105,6 +105,14 @@ class TrainingRows:
         return max(1, min(_MOST_PACKED, self.sizes[-1] // int(self.length_e.min())))
 
 
+def most_texts(train: TrainConfig) -> int:
+    """Return how many texts a row of `training_batches` holds at most.
+
+    One stands behind the other, each a branch of its own: an example with its answer, or a window. No prompt is shared.
+    """
+    return _MOST_PACKED if train.pack else 1
+
+
 def label_rows(examples: EncodedExamples, lengths: Sequence[int]) -> TrainingRows:
     """Return rows of examples with their true labels, a branch each; `lengths`: sizes of t, in tokens."""
     slots = max(len(answer) for answer in examples.answers)

@@ -15,18 +15,21 @@ from research.model.placement import abstract
 from research.quant.policy import coverage
 from research.quant.state import find
 from research.report import coverage_rows, describe_cache, describe_padding, render_coverage, render_memory, say
-from research.setup import Setup, unreached_grids
+from research.setup import Setup, describe_attention, unreached_grids
 from research.train.step import make_optimizer, start_state
 
 
 def describe_setup(setup: Setup, console: Console, *, table: bool) -> None:
     """Say how the model is padded, and, if asked, show which parameter gets which format and why.
 
-    The cache of keys and values is told of if it is quantized, or if asked.
+    The cache of keys and values is told of if it is quantized, or if asked; how tokens attend, if the platform has a
+    kernel for it, or if asked.
     """
     for line in unreached_grids(setup.policy.rules, setup.train.steps):
         say(console, "Warning", line)
     say(console, "Padding", describe_padding(setup.table))
+    if table or setup.settings.attention_kernel is not None:
+        say(console, "Attention", describe_attention(setup))
     if table or setup.settings.kv_grid is not None:
         say_cache(setup, console)
     if table:

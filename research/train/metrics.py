@@ -52,10 +52,10 @@ def _against_teacher(logits_bav: jax.Array, teacher_bav: jax.Array, target_ba: j
     return AgainstTeacher(token_nll(logits_bav, target_ba), token_divergence(logits_bav, teacher_bav), agrees_ba)
 
 
-def _answer_states(model: Any, batch: Batch) -> tuple[jax.Array, RouterSums | None]:
+def _answer_states(model: Any, batch: Batch, texts: int = 0) -> tuple[jax.Array, RouterSums | None]:
     """Return the hidden states from which the answer tokens are predicted, [b, a, d], and the sums of the routers."""
     tokens_bt, position_bt = jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt)
-    hidden_btd, _, router = model.run(tokens_bt, position_bt, mutual(segments_of(batch)))
+    hidden_btd, _, router = model.run(tokens_bt, position_bt, mutual(segments_of(batch), texts))
     hidden_btd = whole(hidden_btd, ROWS)
     return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1), router
 
@@ -136,17 +136,19 @@ class LossSums(NamedTuple):
     dropped: jax.Array
 
 
-def loss_sums(graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int) -> tuple[jax.Array, LossSums]:
+def loss_sums(
+    graph: nnx.GraphDef, weights: Any, batch: Batch, chunk: int, texts: int = 0
+) -> tuple[jax.Array, LossSums]:
     """Return what is minimised, the negative log-probability of the answers, and all sums.
 
-    Logits as in `answer_nll`. Only the first has a gradient, and of the sums `balance` and `z`.
+    Logits as in `answer_nll`; `texts` as in `Sight`. Only the first has a gradient, and of the sums `balance` and `z`.
     """
 
     def terms(logits: Sequence[jax.Array], target_ba: jax.Array, used_ba: jax.Array) -> tuple[jax.Array, Any]:
         nll_ba = jnp.where(used_ba > 0, token_nll(logits[0], target_ba), 0.0)
         return nll_ba, (nll_ba, jnp.zeros(()))
 
-    return _sums(terms, [nnx.merge(graph, weights)], batch, chunk)
+    return _sums(terms, [nnx.merge(graph, weights)], batch, chunk, texts)
 
 
 def distillation_sums(
@@ -157,6 +159,7 @@ def distillation_sums(
     share: float,
     batch: Batch,
     chunk: int,
+    texts: int = 0,
 ) -> tuple[jax.Array, LossSums]:
     """Return what `loss_sums` does; minimised is (1 - share) · that of the answers + share · KL(teacher ‖ model).
 
@@ -169,17 +172,17 @@ def distillation_sums(
         return (1 - share) * nll_ba + share * divergence_ba, (nll_ba, divergence_ba)
 
     models = [nnx.merge(graph, weights), nnx.merge(teacher_graph, jax.lax.stop_gradient(teacher_weights))]
-    return _sums(terms, models, batch, chunk)
+    return _sums(terms, models, batch, chunk, texts)
 
 
-def _sums(terms: Callable, models: Sequence[Any], batch: Batch, chunk: int) -> tuple[jax.Array, LossSums]:
+def _sums(terms: Callable, models: Sequence[Any], batch: Batch, chunk: int, texts: int) -> tuple[jax.Array, LossSums]:
     """Return the sums of `terms(logits of each model, target_ba, used_ba)` and of the first model's router.
 
     `terms` returns what is minimised, and what adds up to the first two of `LossSums`.
     """
     heads = [_head(model) for model in models]
     graphs, (weights, *held) = [graph for graph, _ in heads], [weights for _, weights in heads]
-    (states_bad, router), *others = [_answer_states(model, batch) for model in models]
+    (states_bad, router), *others = [_answer_states(model, batch, texts) for model in models]
     rest = [*(h_bad for h_bad, _ in others), jnp.asarray(batch.target_ba), jnp.asarray(batch.answer_ba)]
 
     def of_chunk(weights: Any, states_bad: jax.Array, held: Any, rest: Any) -> tuple[jax.Array, Any]:

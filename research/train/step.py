@@ -20,7 +20,7 @@ from research.quant.nodes import Encoded
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
 from research.quant.state import oscillation
-from research.tasks.batches import Batch
+from research.tasks.batches import Batch, most_texts
 from research.train.metrics import LossSums, distillation_sums, loss_sums
 
 
@@ -167,18 +167,20 @@ class Step:
 def make_loss(graph: nnx.GraphDef, train: TrainConfig, teacher: Teacher | None = None) -> Callable[..., Any]:
     """Return `loss(params, state, batch, teacher_weights, done)`: what is minimised, and its sums; see `make_step`.
 
-    `done`: answer tokens of the step's micro-batches before this one.
+    A batch is one of `training_batches`, or rows of one text each. `done`: answer tokens of the step's micro-batches
+    before this one.
     """
+    texts = most_texts(train)
 
     def loss(
         params: Any, state: TrainState, batch: Batch, teacher_weights: Any, done: jax.Array | int = 0
     ) -> tuple[jax.Array, LossSums]:
         weights = view(params, state.optimizer, jnp.asarray(done).astype(jnp.uint32))
         if teacher is None:
-            answers, sums = loss_sums(graph, weights, batch, train.loss_chunk)
+            answers, sums = loss_sums(graph, weights, batch, train.loss_chunk, texts)
         else:
             learned = teacher.graph, teacher_weights, teacher.share
-            answers, sums = distillation_sums(graph, weights, *learned, batch, train.loss_chunk)
+            answers, sums = distillation_sums(graph, weights, *learned, batch, train.loss_chunk, texts)
         return answers + train.router_balance * sums.balance + train.router_z * sums.z, sums
 
     return loss
