@@ -35,6 +35,7 @@ OURS = {
     "ours, float": (),
     "ours, int8 weights": (Rule(match=PRODUCTS, weight="int8"),),
     "ours, w8a8": (Rule(match=PRODUCTS, weight="int8", activation="int8"),),
+    "ours, w8a8, backward too": (Rule(match=PRODUCTS, weight="int8", activation="int8", backward="int8"),),
 }
 WARM_UP = 2
 LEARNING_RATE = 1e-5

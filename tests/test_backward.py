@@ -20,6 +20,7 @@ from research.quant.grid import GRIDS, calibrate, encode
 from research.quant.nodes import Quantized
 from research.quant.noise import at_index
 from research.quant.policy import Format
+from research.setup import put_batch
 
 RULE = Rule(match=".*", weight="int8", activation="int8", backward="int8")
 W8A8_BACKWARD = (RULE,)
@@ -210,6 +211,20 @@ def test_training_is_the_same_on_meshes(sizes: dict[str, int], losses: list[floa
     bounds = tiny.w8a8_bounds(5)
     deviation = np.abs(np.array(tiny.start(W8A8_BACKWARD, **sizes).advance(5)) / losses - 1)
     assert (deviation <= bounds).all(), deviation
+
+
+@pytest.mark.parametrize("rules, differs", [(tiny.W8A8, False), (W8A8_BACKWARD, True)], ids=["float", "int8"])
+def test_a_micro_batch_that_comes_again_is_rounded_otherwise(rules: tuple[Rule, ...], differs: bool) -> None:
+    run = tiny.start(rules, train=replace(tiny.TRAIN, accumulate=2))
+    rows = put_batch(run.split(tiny.batch())[0], run.mesh)
+    with jax.set_mesh(run.mesh):
+        once = jax.device_get(run.step.add(run.state, rows, run.step.zeros()).gradients)
+        twice = jax.device_get(run.step.add(run.state, rows, run.step.add(run.state, rows, run.step.zeros())).gradients)
+    for first, both in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
+        if first.ndim > 2:  # matrices of the layers
+            # Of floats the second is the first to the bit, and their sum is twice the first.
+            assert np.array_equal(both, 2 * first) != differs
+            np.testing.assert_allclose(both, 2 * first, atol=0.1 * np.abs(first).max())
 
 
 def test_without_a_seed_products_keep_gradients_of_floats() -> None:
