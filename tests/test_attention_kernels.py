@@ -272,14 +272,21 @@ def mesh_of(platform: str, **more: Any) -> Any:
     return SimpleNamespace(devices=np.array([[SimpleNamespace(platform=platform, **more)]], object))
 
 
-def test_the_devices_of_the_mesh_decide() -> None:
+def test_the_devices_of_the_mesh_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_of(mesh_of("tpu")) is SPLASH
-    assert kernel_of(mesh_of("gpu", compute_capability="9.0")) is CUDNN
-    assert kernel_of(mesh_of("cuda", compute_capability="8.0")) is CUDNN
-    assert kernel_of(mesh_of("gpu", compute_capability="7.5")) is None
-    assert kernel_of(mesh_of("gpu", compute_capability="gfx942")) is None
     assert kernel_of(make_mesh(MeshConfig())) is None
     assert kernel_of(abstract_mesh({"data": 2})) is None
+    for platform, capability, kernel in (
+        ("gpu", "9.0", CUDNN),
+        ("cuda", "8.0", CUDNN),
+        ("gpu", "7.5", None),
+        ("gpu", "gfx942", None),
+    ):
+        mesh = mesh_of(platform, compute_capability=capability)
+        assert kernel_of(mesh) is None  # it isn't attached, and cuDNN couldn't compile
+        monkeypatch.setattr(jax, "devices", lambda mesh=mesh: list(mesh.devices.flat))
+        assert kernel_of(mesh) is kernel
+        monkeypatch.undo()
 
 
 def test_it_is_said_what_is_used() -> None:

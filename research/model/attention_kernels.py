@@ -116,15 +116,18 @@ CUDNN = Kernel("cuDNN (NVIDIA)", fused, ("bfloat16", "float16"), (8, 128), packs
 
 
 def kernel_of(mesh: Mesh | AbstractMesh) -> Kernel | None:
-    """Return the kernel of the devices of a mesh, attached or not; None where attention goes by blocks.
+    """Return the kernel of the devices of a mesh; None where attention goes by blocks.
 
-    By the devices, not by `jax.default_backend()`: a program may be compiled for a slice that isn't there.
+    By the devices, not by `jax.default_backend()`: a program may be compiled for a slice that isn't there. cuDNN itself
+    compiles its part, on a GPU: for GPUs that aren't attached attention goes by blocks.
     """
     if isinstance(mesh, AbstractMesh):
         return None
     device = mesh.devices.flat[0]
     if device.platform == "tpu":
         return SPLASH
+    if device.platform not in ("gpu", "cuda") or device not in jax.devices():
+        return None
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are names
     number = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0
-    return CUDNN if device.platform in ("gpu", "cuda") and number >= _FIRST_WITH_FLASH else None
+    return CUDNN if number >= _FIRST_WITH_FLASH else None
