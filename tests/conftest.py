@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the fast tests without most optimizations: nearly all of their time is compilation.
 
-    .ci/run runs them both ways, because two programs may promise the same bits and keep the promise at one level only;
+    .ci/run runs many both ways, because two programs may promise the same bits and keep the promise at one level only;
     layouts and traffic come from the partitioner, which runs all the same. Tests with a marker compile as users do.
     """
     fast = "not slow" in config.getoption("markexpr")

@@ -74,7 +74,7 @@ def test_predicted_is_compiled_for_every_format(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", ("float", "w8a8", "backward"))
+@pytest.mark.parametrize("name", ("float", "w8a8"))
 def test_predicted_is_compiled_on_every_mesh(name: str, mesh: dict[str, int]) -> None:
     plan = compiled(CASES[name], **mesh)
     assert not told(plan) and not plan.unpredicted

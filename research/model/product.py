@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from research.model.sharding import explicit, reshape, ways_of
+from research.model.sharding import explicit, per_device, reshape, ways_of
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ class Product:
             return multiply(f"{self.x},{self.y}->{self.w}", x_codes, y_codes, w_spec, "int32")
         factors = self._matrix(x_codes, self.rows, self.inner), self._matrix(y_codes, self.rows, self.columns)
         first, second = factors if self._inner_first else reversed(factors)
-        spec = PartitionSpec(*(self.entry(axes[0]) for axes in self._w_axes))
-        w = multiply("ar,rb->ab", _transposed(first), second, spec, "int32")
+        r, a, b = (self.entry(axes[0]) for axes in (self.rows, *self._w_axes))
+        # On each device by itself: the compiler would gather what its layout is said of.
+        transposed = per_device(_transposed, (PartitionSpec(r, a),), PartitionSpec(a, r))
+        w = multiply("ar,rb->ab", transposed(first), second, PartitionSpec(a, b), "int32")
         sizes = dict(zip(self.x + self.y, (*x_codes.shape, *y_codes.shape), strict=True))
         return reshape(w, tuple(sizes[axis] for axis in self.w), w_spec)
 
