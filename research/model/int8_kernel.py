@@ -32,10 +32,7 @@ def multiply_sums(product: Product, x: jax.Array, w: jax.Array, dtype: str) -> j
 
 def _on_devices(product: Product, x: jax.Array, w: jax.Array, *scales: jax.Array) -> jax.Array:
     """Return what each device multiplies of what it holds; sums without scales with an axis of devices in front."""
-    if product.x != product.rows + product.inner or product.w not in (
-        product.inner + product.columns,
-        product.columns + product.inner,
-    ):
+    if not product.has_neighbours:
         raise ValueError(f"einsum {product.subscripts!r}: the int8 kernel wants rows before what is summed over")
 
     def spec(axes: str) -> PartitionSpec:
@@ -49,9 +46,8 @@ def _on_devices(product: Product, x: jax.Array, w: jax.Array, *scales: jax.Array
 
 def _multiply(product: Product, x: jax.Array, w: jax.Array, *scales: jax.Array) -> jax.Array:
     rows = x.shape[: len(product.rows)]
-    inner_first = product.w == product.inner + product.columns
-    columns = w.shape[len(product.inner) :] if inner_first else w.shape[: len(product.columns)]
-    w_cd = w.reshape(-1, prod(columns)).T if inner_first else w.reshape(prod(columns), -1)
+    columns = w.shape[len(product.inner) :] if product.inner_first else w.shape[: len(product.columns)]
+    w_cd = w.reshape(-1, prod(columns)).T if product.inner_first else w.reshape(prod(columns), -1)
     x_rd = x.reshape(prod(rows), -1)
     if not scales:
         return int8_product(product.dtype, x_rd, w_cd).reshape(1, *rows, *columns)

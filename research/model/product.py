@@ -95,7 +95,7 @@ class Product:
             return multiply(self.subscripts, x, w, self.spec, dtype)
         rd, w_matrix = self._matrix(x, self.rows, self.inner), self._matrix(w, *self._w_axes)
         spec = PartitionSpec(self.entry(self.rows[0]), self.entry(self.columns[0]))
-        rc = multiply("rd,dc->rc" if self._inner_first else "rd,cd->rc", rd, w_matrix, spec, dtype)
+        rc = multiply("rd,dc->rc" if self.inner_first else "rd,cd->rc", rd, w_matrix, spec, dtype)
         sizes = dict(zip(self.x + self.w, (*x.shape, *w.shape), strict=True))
         return reshape(rc, tuple(sizes[axis] for axis in self.y), self.spec)
 
@@ -109,7 +109,7 @@ class Product:
         if not self._is_of_matrices:
             return multiply(f"{self.x},{self.y}->{self.w}", x_codes, y_codes, w_spec, "int32")
         factors = self._matrix(x_codes, self.rows, self.inner), self._matrix(y_codes, self.rows, self.columns)
-        first, second = factors if self._inner_first else reversed(factors)
+        first, second = factors if self.inner_first else reversed(factors)
         r, a, b = (self.entry(axes[0]) for axes in (self.rows, *self._w_axes))
         # On each device by itself: the compiler would gather what its layout is said of.
         transposed = per_device(_transposed, (PartitionSpec(r, a),), PartitionSpec(a, r))
@@ -124,19 +124,24 @@ class Product:
         return Product(f"{self.y},{self.w}->{self.rows}{self.inner}", self.dtype, route)
 
     @property
-    def _is_of_matrices(self) -> bool:
-        """Whether axes can be merged: neighbours in each factor, and only the first of them split."""
-        together = self.x == self.rows + self.inner and self.w in (self.inner + self.columns, self.columns + self.inner)
-        return together and all(ways_of(self.entry(axis)) == 1 for axis in self.rows[1:])
+    def has_neighbours(self) -> bool:
+        """Whether rows, columns and what is summed over each stand together, and rows first in the activation."""
+        return self.x == self.rows + self.inner and self.w in (self.inner + self.columns, self.columns + self.inner)
 
     @property
-    def _inner_first(self) -> bool:
+    def inner_first(self) -> bool:
+        """Whether the weight has what is summed over before its columns."""
         return self.w == self.inner + self.columns
+
+    @property
+    def _is_of_matrices(self) -> bool:
+        """Whether axes can be merged: neighbours in each factor, and only the first of them split."""
+        return self.has_neighbours and all(ways_of(self.entry(axis)) == 1 for axis in self.rows[1:])
 
     @property
     def _w_axes(self) -> tuple[str, str]:
         """Axes of the weight as those of a matrix."""
-        return (self.inner, self.columns) if self._inner_first else (self.columns, self.inner)
+        return (self.inner, self.columns) if self.inner_first else (self.columns, self.inner)
 
     def _matrix(self, array: jax.Array, left: str, right: str) -> jax.Array:
         """Return an array whose axes are `left` and then `right` as a matrix."""
