@@ -15,7 +15,7 @@ from research.axes import LATENT_OVER_DATA, ROWS, AxisRules
 from research.config import Experiment, Rule, TrainConfig
 from research.errors import UserError
 from research.model.attention import Segments, ring_order
-from research.model.attention_kernels import describe, kernel_of
+from research.model.attention_kernels import compute_capability, describe, kernel_of
 from research.model.layers import Settings
 from research.model.parameters import ROUTER, Parameter
 from research.model.transformer import graph_of, make_settings
@@ -117,8 +117,7 @@ def _check_kernel(settings: Settings, formats: Mapping[str, Format], mesh: Mesh)
     """Raise `UserError` for what the int8 kernel can't be asked for: other devices, and products that it doesn't do."""
     asked = "train.int8_kernel='pallas'"
     for device in mesh.devices.flat if isinstance(mesh, Mesh) else ():
-        capability = str(getattr(device, "compute_capability", ""))
-        if device.platform != "cpu" and not capability.startswith("9."):
+        if device.platform != "cpu" and int(compute_capability(device)) != 9:
             raise UserError(f"{asked} is for H100 and H200; for {device.device_kind} leave it at 'xla'")
     for path, form in formats.items():
         kind = settings.activations.get(path, "none")

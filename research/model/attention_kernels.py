@@ -128,6 +128,10 @@ def kernel_of(mesh: Mesh | AbstractMesh) -> Kernel | None:
         return SPLASH
     if device.platform not in ("gpu", "cuda") or device not in jax.devices():
         return None
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are names
-    number = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0
-    return CUDNN if number >= _FIRST_WITH_FLASH else None
+    return CUDNN if compute_capability(device) >= _FIRST_WITH_FLASH else None
+
+
+def compute_capability(device: Any) -> float:
+    """Return that of an NVIDIA GPU, 0 of any other device."""
+    found = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are names
+    return float(found) if found.replace(".", "", 1).isdigit() else 0.0
