@@ -105,11 +105,10 @@ _float_product.defvjp(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _integer_product(product: Product, x: Quantized, w: Quantized) -> jax.Array:
     """Integer sums, then · s_x, then · s_w, in float32; one cast at the end."""
-    assert x.scale is not None and w.scale is not None
-    rows = [x.codes.shape[product.x.index(axis)] for axis in product.rows]
-    if prod(rows) == 1:
+    if prod(x.codes.shape[product.x.index(axis)] for axis in product.rows) == 1:
         return _product_of_one_row(product, x, w)
     w = _used_w(product, w)
+    assert x.scale is not None and w.scale is not None
     blocks = max(count_blocks(product, product.x, x.scale), count_blocks(product, product.w, w.scale))
     if blocks > 1 or w.offset is not None:
         return _laid(product, sum_over_blocks(product, blocks, x.codes, x.scale, w).astype(product.dtype))
@@ -132,11 +131,10 @@ def _product_of_one_row(product: Product, x: Quantized, w: Quantized) -> jax.Arr
 
     XLA's CPU backend multiplies a row of integers in plain loops, and two of them several times faster.
     """
-    axis = product.x.index(product.rows[-1])
-    codes, scale = (
-        jnp.pad(part, [(0, int(index == axis)) for index in range(part.ndim)]) for part in (x.codes, x.scale)
-    )
-    both: Any = _integer_product(product, replace(x, value=None, codes=codes, scale=scale), w)
+    row = product.x.index(product.rows[-1])
+    beneath = [(0, int(axis == row)) for axis in range(len(product.x))]
+    with_zeros = jax.tree.map(lambda part: jnp.pad(part, beneath), replace(x, value=None))
+    both: Any = _integer_product(product, with_zeros, w)
     return jax.lax.slice_in_dim(both, 0, 1, axis=len(product.rows) - 1)
 
 
