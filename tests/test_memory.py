@@ -134,3 +134,20 @@ def test_what_stays_of_a_mixture_is_exact() -> None:
 def test_rematerialized_layers_save_their_input_only() -> None:
     less = estimate(tiny_plans.job(EIGHT_LAYERS, FLOAT, rematerialize="full"), ONE)
     assert less.activations < estimate(tiny_plans.job(EIGHT_LAYERS, FLOAT), ONE).activations / 2
+
+
+VOCABULARY = 16_384  # so that all logits at once would be the fullest moment
+
+
+def test_memory_grows_with_layers_as_a_line_and_not_with_chunks_of_logits() -> None:
+    two, three, four = (peak(layers) for layers in (2, 3, 4))
+    # The compiler packs temporaries into shared buffers: a few KiB more or less.
+    assert four - three == pytest.approx(three - two, rel=1e-3)
+    several, more = (peak(2, answer_tokens=tokens, loss_chunk=64) for tokens in (8, 32))
+    assert abs(more - several) < 64 * VOCABULARY * 4 / 2  # half of a chunk
+
+
+def peak(layers: int, **options: int) -> int:
+    """Return the bytes of a compiled step at its fullest moment, on one device."""
+    architecture = replace(EIGHT_LAYERS, layers=layers, vocabulary=VOCABULARY)
+    return compiled(tiny_plans.job(architecture, FLOAT, **options), data=1).memory.peak
