@@ -7,7 +7,7 @@ done by the first process; what decides how it goes on (a signal, the content of
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,6 +23,8 @@ SILENCE_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and JAX ends the others."""
 
 _Result = TypeVar("_Result")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 _COORDINATOR, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -158,9 +160,12 @@ def _keep_output_ours() -> None:
 
 
 def require_one_process(script: str) -> None:
-    """Raise `UserError` if several processes were started to run `script`, which works in one."""
+    """Raise `UserError` if several processes were started to run `script`, which works in one.
+
+    Where JAX alone knows how many there are nothing is refused: a TPU machine may well be the only one.
+    """
     launch = launch_of(os.environ)
-    if launch is not None and launch.count != 1:
+    if launch is not None and launch.count is not None:
         raise UserError(f"{script} runs in one process, and {launch.by} started several; start it once, without srun")
 
 
@@ -204,6 +209,34 @@ def first_alone(action: Callable[[], _Result]) -> _Result | None:
             error = reason
     raise_together(error)
     return result
+
+
+def first_fetching(
+    keys: Sequence[_Key], fetch: Callable[[_Key], _Value], action: Callable[[Callable[[_Key], _Value]], _Result]
+) -> _Result | None:
+    """Let the first process do something with values that all have to fetch together, each when it asks for it.
+
+    `action` is given the function key → value, to be called in any order and any number of times; the others fetch
+    along, and keep nothing. Returns and raises as `first_alone` does.
+    """
+
+    def ask(key: _Key) -> _Value:
+        from_first(keys.index(key))
+        return fetch(key)
+
+    def ask_and_end() -> _Result:
+        try:
+            return action(ask)
+        finally:
+            from_first(_NOTHING_MORE)
+
+    if jax.process_index() > 0:
+        while (number := from_first(_NOTHING_MORE)) != _NOTHING_MORE:
+            fetch(keys[number])
+    return first_alone(ask_and_end)
+
+
+_NOTHING_MORE = -1
 
 
 def host_array(array: jax.Array) -> np.ndarray:

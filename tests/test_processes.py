@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from commands import Done, finish, make_project, run, start, wait_for
-from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, same_batches
+from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, same_batches
 
 from research.errors import Lost, UserError
 from research.processes import first_alone, joined_processes, launch_of, require_one_process
@@ -18,10 +18,6 @@ from research.run_folder import RunFolder
 
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
-
-
-def ours(address: str, count: object, index: object) -> dict[str, str]:
-    return dict(zip(OURS, (address, str(count), str(index)), strict=True))
 
 
 def slurm(count: int, index: int) -> dict[str, str]:
@@ -135,11 +131,8 @@ def test_a_folder_that_is_followed_stays_as_it_is(tmp_path) -> None:
 
 def start_two(folder: Path, *arguments: str, by_slurm: bool = False) -> list[subprocess.Popen[str]]:
     """Start a script twice, by Slurm's variables or by JAX's own."""
-    port = free_port()
-    if by_slurm:
-        envs = [slurm(2, index) | {"JAX_COORDINATOR_PORT": str(port)} for index in range(2)]
-    else:
-        envs = [ours(f"127.0.0.1:{port}", 2, index) for index in range(2)]
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    envs = [slurm(2, index) | port for index in range(2)] if by_slurm else joining()
     return [start(folder, *arguments, **env) for env in envs]
 
 
