@@ -35,13 +35,15 @@ from research.config import MeshConfig, OptimizerConfig, Rule, TrainConfig
 def get_config():
     return Comparison(
         foundation={FOUNDATION!r},
-        corpus=CorpusConfig(name="own_text", path="documents.jsonl", window=16, validation_documents=3, test_documents=6),
+        corpus=CorpusConfig(
+            name="own_text", path="documents.jsonl", window=16, validation_documents=3, test_documents=6
+        ),
         schemes=(Scheme(name="int3", quantization=(Rule(match="layers/.*", weight="int3"),)),),
         treatments=("ptq", "qat+distillation"),
         control=False,
         mesh=MeshConfig(fsdp=2, tensor=2),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        train=TrainConfig(steps=3, batch_size=4, distill=0.5),
+        train=TrainConfig(steps=3, batch_size=4, accumulate=2, distill=0.5),
         score_batch=4,
         bootstrap_samples=50,
     )
