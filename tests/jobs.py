@@ -32,6 +32,12 @@ def joining() -> list[dict[str, str]]:
     return [ours(address, 2, index) for index in range(2)]
 
 
+def said(error: str) -> str:
+    """Return the one line that is ours among those of the libraries, which gloo may write last."""
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def figures(path: Path, *names: str) -> np.ndarray:
     """Return these numbers of every logged step."""
     return np.array([[line[name] for name in names] for line in read_metrics(path)])

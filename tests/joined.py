@@ -2,7 +2,7 @@
 
     python joined.py '[["export.py", "--format", …], ["generate.py", …]]'
 
-prints a JSON list of what each has printed on standard output.
+prints for each, as a line of JSON, what it has printed on standard output; the first that fails ends the process.
 """
 
 import io
@@ -13,6 +13,7 @@ from contextlib import nullcontext, redirect_stdout
 
 from commands import load
 
+from research.errors import run_script
 from research.processes import Processes, joined_processes
 
 
@@ -26,7 +27,13 @@ def printed(command: Sequence[str], processes: Processes) -> str:
     return out.getvalue()
 
 
+def main() -> None:
+    """Run the commands."""
+    commands = json.loads(sys.argv[1])
+    with joined_processes() as processes:
+        for command in commands:
+            print(json.dumps(printed(command, processes)), flush=True)
+
+
 if __name__ == "__main__":
-    with joined_processes() as joined:
-        said = [printed(command, joined) for command in json.loads(sys.argv[1])]
-    print(json.dumps(said))
+    run_script(main)

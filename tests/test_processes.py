@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from commands import Done, finish, make_project, run, start, wait_for
-from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, same_batches
+from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, said, same_batches
 
 from research.errors import Lost, UserError
 from research.processes import first_alone, joined_processes, launch_of, require_one_process
@@ -134,12 +134,6 @@ def start_two(folder: Path, *arguments: str, by_slurm: bool = False) -> list[sub
     port = {"JAX_COORDINATOR_PORT": str(free_port())}
     envs = [slurm(2, index) | port for index in range(2)] if by_slurm else joining()
     return [start(folder, *arguments, **env) for env in envs]
-
-
-def said(error: str) -> str:
-    """Return the one line that is ours among those of the libraries, which gloo may write last."""
-    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_training as tiny
-from commands import FOUNDATION, ROOT, finish, start
-from jobs import figures, joining
+from commands import FOUNDATION, ROOT, Done, finish, start
+from jobs import figures, joining, said
 from joined import printed
 from tiny_runs import save
 
@@ -39,11 +39,11 @@ def get_config():
             name="own_text", path="documents.jsonl", window=16, validation_documents=3, test_documents=6
         ),
         schemes=(Scheme(name="int3", quantization=(Rule(match="layers/.*", weight="int3"),)),),
-        treatments=("ptq", "qat+distillation"),
+        treatments=("qat",),
         control=False,
         mesh=MeshConfig(fsdp=2, tensor=2),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        train=TrainConfig(steps=3, batch_size=4, accumulate=2, distill=0.5),
+        train=TrainConfig(steps=3, batch_size=4, accumulate=1),
         score_batch=4,
         bootstrap_samples=50,
     )
@@ -58,28 +58,46 @@ EXPORT = ("export.py", "--checkpoint", "runs/blocks", "--format")
 GENERATE = ("generate.py", "--checkpoint", "runs/blocks", *ON_MESH, "--prompt", "so", "--max-tokens", "6")
 SAMPLED = ("--temperature", "0.8", "--seed", "3")
 COMPARE = ("compare.py", "--config", "tiny.py")
-PTQ, DISTILLED = "arms/int3,ptq", "arms/int3,qat+distillation"
+TRAINED = "arms/int3,qat"
 
 
 def commands(name: str) -> list[tuple[str, ...]]:
-    """What is called by one process, and by two."""
+    """What one process does, and two."""
     exports = [(*EXPORT, *what, "--output", f"{name}/{file}") for file, what in EXPORTS.items()]
     return [*exports, (*GENERATE, *SAMPLED), (*COMPARE, f"--config.run={name}")]
 
 
+RESUMED = (*COMPARE, "--config.run=two", "--resume")
+REFUSED = (*EXPORT, *EXPORTS["q.gguf"], "--output", "one/q.gguf")
+
+
 @dataclass(frozen=True)
 class Found:
-    """What one process printed, and the first and the second of two, a text a command."""
+    """What one process printed, a text a command, and two, which then resume a comparison and are refused an export."""
 
     folder: Path
     alone: list[str]
-    first: list[str]
-    second: list[str]
+    first: Done
+    second: Done
+
+    @property
+    def texts(self) -> list[str]:
+        """What the first of two printed, a text a command."""
+        return [json.loads(line) for line in self.first.out.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """A folder with one/ and two/, runs/one and runs/two; and runs/again, which two processes have resumed."""
+def quickly_compiled() -> Iterator[None]:
+    """Compile without most optimizations: nothing here depends on them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, quickly_compiled: None) -> Found:
+    """A folder with one/ and two/, runs/one and runs/two."""
     folder = tmp_path_factory.mktemp("scripts")
     run = tiny.start(RULES, architecture=tiny.OF_BLOCKS, **MESH)
     save(folder / "runs/blocks/checkpoints", run.state, MESH, RULES, tiny.OF_BLOCKS)
@@ -89,19 +107,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     (folder / "tiny.py").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
-        here.setenv("JAX_NUM_CPU_DEVICES", "8")
+        here.setenv("JAX_NUM_CPU_DEVICES", "8")  # they are there already
         here.setattr(sys, "argv", [])
         alone = [printed(command, Processes()) for command in commands("one")]
-    shutil.copytree(folder / "runs/one", folder / "runs/again")
-    (folder / "runs/again" / PTQ / "result.json").unlink()
-    config = folder / "runs/again/config.json"
-    config.write_text(config.read_text().replace('"run": "one"', '"run": "again"'))
-    both = json.dumps([*commands("two"), (*COMPARE, "--config.run=again", "--resume")])
-    joined = str(ROOT / "tests/joined.py")
-    started = [start(folder, joined, both, JAX_NUM_CPU_DEVICES="2", **env) for env in joining()]
-    ends = [finish(process) for process in started]
-    assert [end.code for end in ends] == [0, 0], ends
-    return Found(folder, alone, ends[0].last, ends[1].last)
+    both = json.dumps([*commands("two"), RESUMED, REFUSED])
+    started = [start(folder, str(ROOT / "tests/joined.py"), both, **env) for env in joining()]
+    return Found(folder, alone, *map(finish, started))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -113,55 +124,44 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_bytes_of_an_export_are_those_of_one_process(found: Found) -> None:
     """One process reads on one device what two have shards of."""
     one, two = digests(found.folder / "one"), digests(found.folder / "two")
-    assert two == one
+    assert two == one, (found.first, found.second)
     assert {name.split("/")[0] for name in one} == set(EXPORTS)
-    for what, text, alone in zip(EXPORTS.values(), found.first, found.alone, strict=False):
-        assert "mesh data=1 fsdp=2 tensor=2: 4 cpu devices" in text and "mesh data=1 fsdp=1 tensor=1" in alone, what
+    for text, alone in zip(found.texts, found.alone[: len(EXPORTS)], strict=False):
+        assert "mesh data=1 fsdp=2 tensor=2: 4 cpu devices" in text and "mesh data=1 fsdp=1 tensor=1" in alone
         assert text.replace("two/", "one/").splitlines()[1:] == alone.splitlines()[1:]  # what is exact, which size
 
 
 def test_generated_text_is_that_of_one_process_and_printed_once(found: Found) -> None:
-    text = found.first[len(EXPORTS)]
+    text = found.texts[len(EXPORTS)]
     assert text == found.alone[len(EXPORTS)] and len(text) > 1 and text.endswith("\n")
-    assert found.second == [""] * len(found.first)
-
-
-def summary_of(folder: Path, run: str) -> dict[str, Any]:
-    return json.loads((folder / "runs" / run / "comparison.json").read_text())
+    assert found.second.out == '""\n' * len([*commands("two"), RESUMED])
 
 
 def test_a_comparison_is_that_of_one_process(found: Found) -> None:
-    one, two, again = (summary_of(found.folder, run) for run in ("one", "two", "again"))
-    assert json.loads(found.first[-2].splitlines()[-1]) == two
-    assert json.loads(found.first[-1].splitlines()[-1]) == again
-    assert (one["processes"], two["processes"], again["processes"]) == (1, 2, 2)
-    lines = [
-        figures(found.folder / "runs" / run / DISTILLED, "loss", "grad_norm", "divergence") for run in ("two", "one")
-    ]
+    one, two = (json.loads((found.folder / f"runs/{run}/comparison.json").read_text()) for run in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    lines = [figures(found.folder / f"runs/{run}" / TRAINED, "loss", "grad_norm") for run in ("two", "one")]
     assert len(lines[0]) == 3
     # Between processes a sum of partial ones may be taken in another order, as in test_processes.py.
     deviation = np.abs(lines[0] / lines[1] - 1).max()
-    print(f"\nlosses, norms and KL of 3 steps, two processes against one: largest relative difference {deviation:.1e}")
+    print(f"\nlosses and norms of 3 steps, two processes against one: largest relative difference {deviation:.1e}")
     assert deviation < 1e-5
     for name, arm in one["arms"].items():
-        for other in (two["arms"][name], again["arms"][name]):
-            for figure in ("loss", "divergence"):
-                # What is left of a KL where nothing is rounded is the rounding of float32.
-                assert other[figure]["value"] == pytest.approx(arm[figure]["value"], rel=1e-5, abs=1e-6), name
+        for figure in ("loss", "divergence"):
+            # What is left of a KL where nothing is rounded is the rounding of float32.
+            wanted = pytest.approx(arm[figure]["value"], rel=1e-5, abs=1e-6)
+            assert two["arms"][name][figure]["value"] == wanted, (name, figure)
     assert (found.folder / "runs/two/comparison.png").stat().st_size > 10_000
 
 
-def test_a_comparison_is_resumed_in_two_processes(found: Found) -> None:
-    text = found.first[-1]
-    assert text.count("is done") == 2 and "int3: ptq is done" not in text
-    done = found.folder / "runs/again" / DISTILLED / "metrics.jsonl"
-    assert done.read_bytes() == (found.folder / "runs/one" / DISTILLED / "metrics.jsonl").read_bytes()
+def test_a_comparison_is_resumed(found: Found) -> None:
+    begun, resumed = found.texts[-2:]
+    assert "is done" not in begun and resumed.count("is done") == 2
+    arms = [json.loads(text.splitlines()[-1])["arms"] for text in (begun, resumed)]
+    assert arms[0] == arms[1]
 
 
 def test_what_the_first_process_refuses_to_write_ends_all(found: Found) -> None:
-    arguments = (*EXPORT, *EXPORTS["q.gguf"], "--output", "one/q.gguf")
-    started = [start(found.folder, *arguments, JAX_NUM_CPU_DEVICES="2", **env) for env in joining()]
-    first, second = (finish(process) for process in started)
-    assert first.code == second.code == 2, (first, second)
-    assert "error: one/q.gguf exists already" in first.err
-    assert "error: process 1 stops because another one failed; its output says why" in second.err
+    assert (found.first.code, found.second.code) == (2, 2), (found.first, found.second)
+    assert said(found.first.err).startswith("error: one/q.gguf exists already")
+    assert said(found.second.err) == "error: process 1 stops because another one failed; its output says why"
