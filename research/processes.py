@@ -22,6 +22,9 @@ from research.errors import Lost, UserError
 SILENCE_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and JAX ends the others."""
 
+GATHERED_BYTES = 2**28
+"""Of an array, at a time, at least a row: a layer of a stack."""
+
 _Result = TypeVar("_Result")
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -240,7 +243,17 @@ _NOTHING_MORE = -1
 
 
 def host_array(array: jax.Array) -> np.ndarray:
-    """Return all of an array, wherever its shards are, on the host of every process; all have to ask."""
+    """Return all of an array, wherever its shards are, on the host of every process; all have to ask.
+
+    It comes in pieces along its first axis, as every device holds all of what is gathered at a time.
+    """
     if array.is_fully_addressable:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    rows = max(1, GATHERED_BYTES * array.shape[0] // max(1, array.nbytes)) if array.ndim else 1
+    if array.ndim == 0 or rows >= array.shape[0]:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    found = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[0], rows):
+        piece = jax.lax.dynamic_slice_in_dim(array, start, min(rows, array.shape[0] - start))
+        found[start : start + rows] = multihost_utils.process_allgather(piece, tiled=True)
+    return found

@@ -13,14 +13,15 @@ from contextlib import nullcontext, redirect_stdout
 
 from commands import load
 
+from research import processes
 from research.errors import run_script
 from research.processes import Processes, joined_processes
 
 
-def printed(command: Sequence[str], processes: Processes) -> str:
+def printed(command: Sequence[str], joined: Processes) -> str:
     """Run a script's `main` in processes that have joined already, and return what it prints."""
     script = load(command[0])
-    script.joined_processes = lambda: nullcontext(processes)
+    script.joined_processes = lambda: nullcontext(joined)
     sys.argv = list(command)
     with redirect_stdout(io.StringIO()) as out:
         script.main()
@@ -30,9 +31,10 @@ def printed(command: Sequence[str], processes: Processes) -> str:
 def main() -> None:
     """Run the commands."""
     commands = json.loads(sys.argv[1])
-    with joined_processes() as processes:
+    processes.GATHERED_BYTES = 2**12  # so that arrays of tiny models, too, come in pieces
+    with joined_processes() as joined:
         for command in commands:
-            print(json.dumps(printed(command, processes)), flush=True)
+            print(json.dumps(printed(command, joined)), flush=True)
 
 
 if __name__ == "__main__":
