@@ -94,8 +94,8 @@ def write_export(
     architecture: Architecture,
     tokenizer: Tokenizer,
     metadata: Mapping[str, Any],
-) -> int:
-    """Write stored parameters (`Encoded` or float leaves) and return the size of the weight file in bytes.
+) -> None:
+    """Let the first process write stored parameters (`Encoded` or float leaves).
 
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
@@ -105,7 +105,6 @@ def write_export(
         native.write(directory, leaves, architecture, tokenizer, kept)
 
     write_stored(encoded, setup, metadata["step"], write)
-    return (directory / native.WEIGHTS).stat().st_size
 
 
 def place_export(export: native.Export, setup: Setup) -> Any:
