@@ -123,7 +123,7 @@ def joined_processes() -> Iterator[Processes]:
             raise
         raise Lost(
             f"process {processes.index} of {processes.count}: another process of this run is gone; start all of them "
-            f"again with --resume, from the newest checkpoint ({' '.join(str(error).split())[:200]})"
+            f"again, what trains with --resume, from where it was saved ({' '.join(str(error).split())[:200]})"
         ) from error
 
 

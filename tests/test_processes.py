@@ -77,7 +77,7 @@ def test_half_a_launch_is_a_mistake(environ, parts) -> None:
 
 def test_scripts_for_one_process_refuse_several(tmp_path, monkeypatch, capsys) -> None:
     with monkeypatch.context() as on_tpu:
-        on_tpu.setenv("TPU_ML_PLATFORM", "JAX")
+        on_tpu.setenv("TPU_WORKER_HOSTNAMES", "a,b")
         on_tpu.delenv("JAX_PLATFORMS", raising=False)
         require_one_process("plan.py")  # it may well be the only one
     (call,) = calls_in(tmp_path, monkeypatch, capsys)
