@@ -7,7 +7,7 @@ done by the first process; what decides how it goes on (a signal, the content of
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,7 +22,12 @@ from research.errors import Lost, UserError
 SILENCE_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and JAX ends the others."""
 
+GATHERED_BYTES = 2**28
+"""Of an array, at a time, at least a row: a layer of a stack."""
+
 _Result = TypeVar("_Result")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 _COORDINATOR, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -118,7 +123,7 @@ def joined_processes() -> Iterator[Processes]:
             raise
         raise Lost(
             f"process {processes.index} of {processes.count}: another process of this run is gone; start all of them "
-            f"again with --resume, from the newest checkpoint ({' '.join(str(error).split())[:200]})"
+            f"again, what trains with --resume, from where it was saved ({' '.join(str(error).split())[:200]})"
         ) from error
 
 
@@ -158,9 +163,12 @@ def _keep_output_ours() -> None:
 
 
 def require_one_process(script: str) -> None:
-    """Raise `UserError` if several processes were started to run `script`, which works in one."""
+    """Raise `UserError` if several processes were started to run `script`, which works in one.
+
+    Where JAX alone knows how many there are nothing is refused: a TPU machine may well be the only one.
+    """
     launch = launch_of(os.environ)
-    if launch is not None and launch.count != 1:
+    if launch is not None and launch.count is not None:
         raise UserError(f"{script} runs in one process, and {launch.by} started several; start it once, without srun")
 
 
@@ -206,8 +214,46 @@ def first_alone(action: Callable[[], _Result]) -> _Result | None:
     return result
 
 
+def first_fetching(
+    keys: Sequence[_Key], fetch: Callable[[_Key], _Value], action: Callable[[Callable[[_Key], _Value]], _Result]
+) -> _Result | None:
+    """Let the first process do something with values that all have to fetch together, each when it asks for it.
+
+    `action` is given the function key → value, to be called in any order and any number of times; the others fetch
+    along, and keep nothing. Returns and raises as `first_alone` does.
+    """
+
+    def ask(key: _Key) -> _Value:
+        from_first(keys.index(key))
+        return fetch(key)
+
+    def ask_and_end() -> _Result:
+        try:
+            return action(ask)
+        finally:
+            from_first(_NOTHING_MORE)
+
+    if jax.process_index() > 0:
+        while (number := from_first(_NOTHING_MORE)) != _NOTHING_MORE:
+            fetch(keys[number])
+    return first_alone(ask_and_end)
+
+
+_NOTHING_MORE = -1
+
+
 def host_array(array: jax.Array) -> np.ndarray:
-    """Return all of an array, wherever its shards are, on the host of every process; all have to ask."""
+    """Return all of an array, wherever its shards are, on the host of every process; all have to ask.
+
+    It comes in pieces along its first axis, as every device holds all of what is gathered at a time.
+    """
     if array.is_fully_addressable:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    rows = max(1, GATHERED_BYTES * array.shape[0] // max(1, array.nbytes)) if array.ndim else 1
+    if array.ndim == 0 or rows >= array.shape[0]:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    found = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[0], rows):
+        piece = jax.lax.dynamic_slice_in_dim(array, start, min(rows, array.shape[0] - start))
+        found[start : start + rows] = multihost_utils.process_allgather(piece, tiled=True)
+    return found

@@ -16,6 +16,7 @@ from research.config import Experiment
 from research.config_file import load_experiment
 from research.errors import UserError, run_script
 from research.foundation import load_architecture
+from research.processes import require_one_process
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_checkpoint
 
@@ -39,6 +40,7 @@ def main() -> None:
         raise UserError("--steps and --prompts are 1 or more, --answer-tokens and --generate 0 or more")
     if flags.compare and (len(flags.config) > 1 or flags.generate or flags.profile):
         raise UserError("--compare takes turns between variants of one --config; leave --generate and --profile out")
+    require_one_process("benchmark.py")
     console = make_console(sys.stderr if flags.json else sys.stdout)
     if flags.compare:
         names = flags.compare.split(",")

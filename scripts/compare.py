@@ -16,7 +16,7 @@ from research.comparison import Comparison  # noqa: E402
 from research.config_file import load_experiment  # noqa: E402
 from research.errors import UserError, run_script  # noqa: E402
 from research.mesh import prepare_devices  # noqa: E402
-from research.processes import require_one_process  # noqa: E402
+from research.processes import joined_processes  # noqa: E402
 from research.programs import keep_programs  # noqa: E402
 from research.report import make_console, print_result_line  # noqa: E402
 
@@ -36,17 +36,18 @@ def main() -> None:
         raise UserError("--budget goes with --sensitivity")
     if flags.resume and flags.sensitivity:
         raise UserError("--resume has no effect with --sensitivity, which is done in one go")
-    require_one_process("compare.py")
     comparison = load_experiment(flags.config, flags.overrides, Comparison)
-    prepare_devices(comparison.mesh)
-    keep_programs()
-    console = make_console()
-    if flags.sensitivity:
-        budget_bytes = None if flags.budget is None else int(flags.budget * 2**20)
-        summary = rank(comparison, budget_bytes=budget_bytes, console=console)
-    else:
-        summary = compare(comparison, resume=flags.resume, console=console, started=STARTED)
-    print_result_line(summary)
+    with joined_processes() as processes:
+        prepare_devices(comparison.mesh, processes.count)
+        keep_programs()
+        console = make_console(quiet=not processes.is_first)
+        if flags.sensitivity:
+            budget_bytes = None if flags.budget is None else int(flags.budget * 2**20)
+            summary = rank(comparison, budget_bytes=budget_bytes, console=console)
+        else:
+            summary = compare(comparison, resume=flags.resume, console=console, started=STARTED)
+        if summary is not None:
+            print_result_line(summary)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ Only the text goes to standard output; what is said about it goes to standard er
 
 import sys
 from argparse import Namespace
+from functools import partial
 
 from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
 from research.errors import UserError, run_script
 from research.mesh import prepare_devices
 from research.model.generate import Sampling, generate
-from research.processes import require_one_process
+from research.processes import Processes, joined_processes
 from research.programs import keep_programs
 from research.report import make_console, say
 from research.train.dry_run import say_cache
@@ -37,22 +38,23 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling at a temperature above 0; default: 0")
     flags = parse_arguments(parser)
-    require_one_process("generate.py")
-    write(flags)
+    with joined_processes() as processes:
+        write(flags, processes)
 
 
-def write(flags: Namespace) -> None:
-    """Print what the flags ask for."""
+def write(flags: Namespace, processes: Processes) -> None:
+    """Print what the flags ask for; the first process prints, all draw the same tokens."""
     sampling, seed = Sampling(temperature=flags.temperature), _seed(flags)
     if flags.task and not flags.checkpoint:
         raise UserError("--task goes with --checkpoint: a foundation was trained for no task of ours")
-    console = make_console(sys.stderr)
+    console = make_console(sys.stderr, quiet=not processes.is_first)
+    show = partial(print, end="", flush=True) if processes.is_first else lambda _: None
     opened, experiment, may_change = None, Experiment(), (*TO_GENERATE, *OF_FOUNDATION)
     if flags.checkpoint:
         opened = open_trained(flags.checkpoint, report=lambda line: say(console, "Checkpoint", line))
         experiment, may_change = opened.experiment, TO_GENERATE
     experiment = with_overrides(experiment, flags.overrides, may_change)
-    prepare_devices(experiment.mesh)
+    prepare_devices(experiment.mesh, processes.count)
     keep_programs()
     with serving(opened or flags.foundation, experiment, console) as served:
         tokenizer, cut = served.tokenizer, False
@@ -70,8 +72,8 @@ def write(flags: Namespace) -> None:
         count = 0
         for piece in text_pieces(tokenizer, ids, tokens):
             count += 1
-            print(piece, end="", flush=True)
-    print(flush=True)
+            show(piece)
+        show("\n")
     ended = f"it is cut off: --max-tokens={most}" if count == most else "the model ended it"
     say(console, "Written", f"{count} tokens; {ended}")
 

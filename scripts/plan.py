@@ -12,6 +12,7 @@ from research.config_file import load_experiment
 from research.errors import UserError, run_script
 from research.mesh import prepare_devices
 from research.plan.command import Request, device_count, plan_experiment
+from research.processes import require_one_process
 from research.report import make_console, print_result_line
 
 
@@ -33,6 +34,7 @@ def main() -> None:
         raise UserError("--measure runs on the devices present; leave --topology and --hardware out")
     if min(flags.devices, flags.compile) < 0 or flags.answer_tokens < 1:
         raise UserError("--devices and --compile are 0 or more, --answer-tokens 1 or more")
+    require_one_process("plan.py")
     experiment = load_experiment(flags.config, flags.overrides)
     request = Request(
         devices=flags.devices,

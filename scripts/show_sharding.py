@@ -12,6 +12,7 @@ from research.foundation import load_architecture
 from research.mesh import describe, make_mesh, prepare_devices
 from research.plan.blocks import BlockTable, placed, plot_blocks, total_bytes, whole_bytes
 from research.plan.program import Job, abstract_step
+from research.processes import require_one_process
 from research.report import make_console, print_result_line, say
 from research.train.open_run import open_checkpoint
 from research.units import format_bytes
@@ -30,6 +31,7 @@ def main() -> None:
     flags = parse_arguments(parser)
     if not 1 <= flags.devices <= MOST_COLUMNS:
         raise UserError(f"--devices {flags.devices}: give 1 to {MOST_COLUMNS}")
+    require_one_process("show_sharding.py")
     experiment = load_experiment(flags.config, flags.overrides)
     prepare_devices(experiment.mesh)
     console = make_console(sys.stderr if flags.json else sys.stdout)

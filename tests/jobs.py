@@ -20,6 +20,24 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def ours(address: str, count: object, index: object) -> dict[str, str]:
+    """Return the three variables of JAX's own that make one of several processes."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    return dict(zip(names, (address, str(count), str(index)), strict=True))
+
+
+def joining() -> list[dict[str, str]]:
+    """Return the variables of two processes that find each other on the loopback address."""
+    address = f"127.0.0.1:{free_port()}"
+    return [ours(address, 2, index) for index in range(2)]
+
+
+def said(error: str) -> str:
+    """Return the one line that is ours among those of the libraries, which gloo may write last."""
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def figures(path: Path, *names: str) -> np.ndarray:
     """Return these numbers of every logged step."""
     return np.array([[line[name] for name in names] for line in read_metrics(path)])

@@ -71,10 +71,9 @@ def test_codes_scales_and_floats_come_back_bit_for_bit(tmp_path: Path, rules: tu
     run = tiny.start(rules, tensor=4)
     setup, encoded = run.setup, encoded_weights(run.state)
     wanted = logical(encoded, setup)
-    size = write_export(
+    write_export(
         tmp_path / "export", encoded, setup, tiny.ARCHITECTURE, byte_level(), metadata_on({}, rules) | {"step": 7}
     )
-    assert size == (tmp_path / "export" / native.WEIGHTS).stat().st_size
     for sizes in ({"tensor": 4}, {}, {"fsdp": 2, "tensor": 3}):
         other = setup_on(rules, **sizes)
         placed = place_export(native.read(tmp_path / "export"), other)
@@ -109,9 +108,8 @@ def test_every_grid_is_among_them() -> None:
 def test_the_file_holds_what_the_model_is_and_nothing_of_the_machine(tmp_path: Path) -> None:
     run = tiny.start(tiny.W8A8)
     setup, metadata = run.setup, metadata_on({}) | {"step": 7}
-    size = write_export(
-        tmp_path / "export", encoded_weights(run.state), setup, tiny.ARCHITECTURE, byte_level(), metadata
-    )
+    write_export(tmp_path / "export", encoded_weights(run.state), setup, tiny.ARCHITECTURE, byte_level(), metadata)
+    size = (tmp_path / "export" / native.WEIGHTS).stat().st_size
     export = native.read(tmp_path / "export")
     assert export.metadata == {key: metadata[key] for key in ("experiment", "foundation", "task", "step")}
     assert export.architecture == tiny.ARCHITECTURE and export.tokenizer == byte_level()

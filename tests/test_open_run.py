@@ -59,6 +59,14 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_model(saved: tuple[Pat
     assert earlier.step == 0 and weight_bits(earlier, run) != wanted
 
 
+def test_all_processes_open_one_step(saved: tuple[Path, tiny.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first may have looked when the newest checkpoint was not there yet: shards of two steps are no model."""
+    opened = open_trained(saved[0])
+    monkeypatch.setattr("research.train.open_run.from_first", lambda number: number - 1)
+    line = one_line(lambda: weight_bits(opened, saved[1]))
+    assert "00000001 is newer or older than step 0, which the first process has opened; name one step" in line
+
+
 def test_a_copied_checkpoint_opens_under_any_name(saved: tuple[Path, tiny.Run], tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "checkpoints" / "00000001", tmp_path / "best")
     assert open_trained(tmp_path / "best").step == 1

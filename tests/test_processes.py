@@ -4,24 +4,21 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from commands import Done, finish, make_project, run, start, wait_for
-from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, same_batches
+from commands import Done, calls_in, check_mistake, finish, make_project, run, start, wait_for
+from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, said, same_batches
 
 from research.errors import Lost, UserError
-from research.processes import first_alone, joined_processes, launch_of, require_one_process
+from research.processes import first_alone, first_fetching, joined_processes, launch_of, require_one_process
 from research.run_folder import RunFolder
 
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
-
-
-def ours(address: str, count: object, index: object) -> dict[str, str]:
-    return dict(zip(OURS, (address, str(count), str(index)), strict=True))
 
 
 def slurm(count: int, index: int) -> dict[str, str]:
@@ -78,12 +75,17 @@ def test_half_a_launch_is_a_mistake(environ, parts) -> None:
     assert parts in str(error.value)
 
 
-def test_scripts_for_one_process_refuse_several(monkeypatch) -> None:
-    require_one_process("export.py")
+def test_scripts_for_one_process_refuse_several(tmp_path, monkeypatch, capsys) -> None:
+    with monkeypatch.context() as on_tpu:
+        on_tpu.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+        on_tpu.delenv("JAX_PLATFORMS", raising=False)
+        require_one_process("plan.py")  # it may well be the only one
+    (call,) = calls_in(tmp_path, monkeypatch, capsys)
     for name, value in slurm(2, 0).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="export.py runs in one process, and Slurm started several"):
-        require_one_process("export.py")
+    for script in ("plan.py", "show_sharding.py", "benchmark.py"):
+        refusal = f"error: {script} runs in one process, and Slurm started several"
+        check_mistake(call(script, "--config", "tiny.py"), refusal)
 
 
 def test_a_job_of_kubernetes_without_its_package_names_the_ways_out(monkeypatch) -> None:
@@ -105,6 +107,35 @@ def test_what_the_first_process_alone_does_is_done_and_raised() -> None:
 
     with pytest.raises(UserError, match="the disk is full"):
         first_alone(fail)
+
+
+def test_what_the_first_process_fetches_is_fetched_by_all(monkeypatch) -> None:
+    """What goes from the first to the others is written down, and given to one that follows."""
+    sent: list[int] = []
+    monkeypatch.setattr("research.processes.from_first", lambda number: sent.append(number) or number)
+
+    def fetch_some(fetch: Callable[[str], str]) -> str:
+        return fetch("c") + fetch("a") + fetch("c")
+
+    assert first_fetching("abc", str.upper, fetch_some) == "CAC"
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fetched: list[str] = []
+    monkeypatch.setattr("research.processes.from_first", lambda number: sent.pop(0))
+    assert first_fetching("abc", fetched.append, lambda fetch: None) is None
+    assert fetched == ["c", "a", "c"] and not sent
+
+
+def test_others_stop_fetching_when_the_first_process_fails(monkeypatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr("research.processes.from_first", lambda number: sent.append(number) or number)
+
+    def fail(fetch: Callable[[str], str]) -> None:
+        fetch("b")
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        first_fetching("abc", str.upper, fail)
+    assert len(sent) == 2 and sent[0] == 1 and sent[1] < 0
 
 
 def test_a_runtime_error_is_a_loss_only_where_there_are_others(monkeypatch) -> None:
@@ -135,18 +166,9 @@ def test_a_folder_that_is_followed_stays_as_it_is(tmp_path) -> None:
 
 def start_two(folder: Path, *arguments: str, by_slurm: bool = False) -> list[subprocess.Popen[str]]:
     """Start a script twice, by Slurm's variables or by JAX's own."""
-    port = free_port()
-    if by_slurm:
-        envs = [slurm(2, index) | {"JAX_COORDINATOR_PORT": str(port)} for index in range(2)]
-    else:
-        envs = [ours(f"127.0.0.1:{port}", 2, index) for index in range(2)]
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    envs = [slurm(2, index) | port for index in range(2)] if by_slurm else joining()
     return [start(folder, *arguments, **env) for env in envs]
-
-
-def said(error: str) -> str:
-    """Return the one line that is ours among those of the libraries, which gloo may write last."""
-    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.fixture(scope="module")

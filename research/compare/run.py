@@ -24,9 +24,10 @@ from research.environment import peak_host_bytes, versions
 from research.errors import Stopped, UserError
 from research.mesh import make_mesh
 from research.model.placement import place_float
+from research.processes import first_alone, from_first
 from research.progress import Progress
 from research.report import say
-from research.run_folder import MetricsLog, RunFolder, plain, read_config, write_atomically
+from research.run_folder import METRICS, MetricsLog, RunFolder, plain, read_config, write_atomically
 from research.setup import Setup, batch_ways, setup_of, whole_rows
 from research.tasks.batches import TrainingOrder, TrainingRows, training_batches
 from research.train.calibrate import calibrate_inputs
@@ -46,14 +47,17 @@ class Result:
     tokens_per_second: float = 0.0
 
 
-def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) -> dict[str, Any]:
+def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) -> dict[str, Any] | None:
     """Rank tensors and layers by what rounding each alone costs; return what sensitivity.json holds.
+
+    The first process writes the file and returns that; the others return None.
 
     With a budget a mixed policy of at most so many bytes of weights is proposed. The file lies in
     runs/<comparison.run>-sensitivity/.
     """
     path = Path("runs") / f"{comparison.run}-sensitivity"
-    with RunFolder.create(path, to_json(comparison)), jax.set_mesh(make_mesh(comparison.mesh)):
+    folder = first_alone(lambda: RunFolder.create(path, to_json(comparison))) or RunFolder.follow(path)
+    with folder, jax.set_mesh(make_mesh(comparison.mesh)):
         bench = make_bench(comparison, console)
         folded = [scheme.name for scheme in comparison.schemes if scheme.fold != NO_FOLD]
         if folded:
@@ -62,33 +66,45 @@ def rank(comparison: Comparison, *, budget_bytes: int | None, console: Console) 
         console.print(render_sensitivity(found, bench.material, comparison.schemes[0].name))
         if budget_bytes is not None and found.proposal is None:
             say(console, "Budget", f"{budget_bytes:,} bytes hold none; the smallest takes {found.smallest_bytes:,}")
-        summary = plain(found.to_json())
-        write_atomically(path / "sensitivity.json", (json.dumps(summary, indent=2) + "\n").encode())
-        say(console, "Written", str(path / "sensitivity.json"))
-    return summary
+        return first_alone(lambda: _write(plain(found.to_json()), path / "sensitivity.json", console))
 
 
-def compare(comparison: Comparison, *, resume: bool, console: Console, started: float) -> dict[str, Any]:
+def compare(comparison: Comparison, *, resume: bool, console: Console, started: float) -> dict[str, Any] | None:
     """Run all arms in runs/<comparison.run>/, print the table, draw it, and return what comparison.json holds.
 
-    Arms that the folder has already are not run again. `started`: the `time.monotonic()` at which the command began.
-    Raises `UserError` for what the user can mend, `Stopped` after SIGTERM or Ctrl-C.
+    Arms that the folder has already are not run again. The first process writes the folder; the others train and judge
+    with it, and return None. `started`: the `time.monotonic()` at which the command began. Raises `UserError` for what
+    the user can mend, `Stopped` after SIGTERM or Ctrl-C.
     """
     folder = _open_folder(comparison, resume)
     with folder, jax.set_mesh(make_mesh(comparison.mesh)):
         bench = make_bench(comparison, console)
         results = {arm: _result(bench, arm, folder.path / "arms" / arm.folder) for arm in arms_of(comparison)}
-        figures = all_figures(results, comparison.bootstrap_samples, bench.material.test.labels)
-        console.print(render_comparison(figures, results, bench.material))
-        plot_comparison(figures, folder.path / "comparison.png")
-        summary = _summary(bench, results, figures, time.monotonic() - started)
-        write_atomically(folder.path / "comparison.json", (json.dumps(summary, indent=2) + "\n").encode())
-        say(console, "Written", f"{folder.path / 'comparison.json'} and comparison.png beside it")
+        return first_alone(lambda: _conclude(bench, folder.path, results, started))
+
+
+def _conclude(bench: Bench, path: Path, results: Mapping[Arm, Result], started: float) -> dict[str, Any]:
+    """Print the table, draw it and write the summary."""
+    figures = all_figures(results, bench.comparison.bootstrap_samples, bench.material.test.labels)
+    bench.console.print(render_comparison(figures, results, bench.material))
+    plot_comparison(figures, path / "comparison.png")
+    summary = _summary(bench, results, figures, time.monotonic() - started)
+    return _write(summary, path / "comparison.json", bench.console, " and comparison.png beside it")
+
+
+def _write(summary: dict[str, Any], file: Path, console: Console, beside: str = "") -> dict[str, Any]:
+    """Write a summary as JSON, say so, and return it."""
+    write_atomically(file, (json.dumps(summary, indent=2) + "\n").encode())
+    say(console, "Written", f"{file}{beside}")
     return summary
 
 
 def _open_folder(comparison: Comparison, resume: bool) -> RunFolder:
     path = Path("runs") / comparison.run
+    return first_alone(lambda: _open_to_write(path, comparison, resume)) or RunFolder.follow(path)
+
+
+def _open_to_write(path: Path, comparison: Comparison, resume: bool) -> RunFolder:
     if not resume:
         return RunFolder.create(path, to_json(comparison))
     changed = differences(from_json(read_config(path), str(path / "config.json"), Comparison), comparison)
@@ -103,15 +119,21 @@ def _open_folder(comparison: Comparison, resume: bool) -> RunFolder:
 def _result(bench: Bench, arm: Arm, folder: Path) -> Result:
     """Return what the folder of an arm holds; train and judge it first if there is nothing."""
     file = folder / "result.json"
-    if file.exists():
-        tree = json.loads(file.read_text())
+    if from_first(file.exists()):
         say(bench.console, "Resume", f"{arm.name} is done")
+        tree = json.loads(file.read_text())
         return Result(**{**tree, "documents": DocumentScores.from_json(tree["documents"])})
-    folder.mkdir(parents=True, exist_ok=True)
+    first_alone(lambda: _clear(folder))
     found = _run(bench, arm, folder)
     tree = vars(found) | {"documents": found.documents.to_json()}
-    write_atomically(file, (json.dumps(plain(tree)) + "\n").encode())
+    first_alone(lambda: write_atomically(file, (json.dumps(plain(tree)) + "\n").encode()))
     return found
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder of an arm; one that was stopped begins anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS).unlink(missing_ok=True)
 
 
 def _run(bench: Bench, arm: Arm, folder: Path) -> Result:
@@ -143,9 +165,7 @@ def _train(bench: Bench, arm: Arm, setup: Setup, tx: Any, state: TrainState, fol
     teacher = Teacher(bench.float_setup.graph, bench.float_weights, budget.distill) if arm.is_distilled else None
     step = make_step(setup.graph, tx, experiment.optimizer, budget, setup.table, bench.mesh, state, teacher)
     batches = training_batches(bench.material.rows, budget, batch_ways(bench.mesh))
-    lines = folder / "metrics.jsonl"
-    lines.unlink(missing_ok=True)  # of an arm that was stopped: it begins anew
-    with MetricsLog(lines, None, 0) as log:
+    with MetricsLog(folder / METRICS if jax.process_index() == 0 else None, None, 0) as log:
         trained = train(
             setup,
             experiment,
@@ -203,6 +223,7 @@ def _summary(
             "foundation": bench.foundation.source,
             "mesh": dict(bench.mesh.shape),
             "peak_host_bytes": peak_host_bytes(),
+            "processes": jax.process_count(),
             "seconds": seconds,
             "versions": versions(),
         }

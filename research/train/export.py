@@ -1,11 +1,11 @@
 """Our int8 export: codes and scales out of the optimizer's state into a file and back, never quantized again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from research.architecture import Architecture
@@ -13,7 +13,7 @@ from research.errors import UserError
 from research.formats import native
 from research.model.layers import tree_of
 from research.model.placement import place, unplace
-from research.processes import first_alone
+from research.processes import first_fetching
 from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import Format, leaves_by_path
 from research.quant.stages import stage_of
@@ -21,46 +21,64 @@ from research.setup import Setup
 from research.tokenizer import Tokenizer
 
 _METADATA = ("experiment", "foundation", "task", "step")
+_Written = TypeVar("_Written")
 
 
 @dataclass(frozen=True, eq=False)
 class _Leaves(Mapping[str, native.Leaf]):
-    """Stored parameters as host arrays of their logical shapes, one at a time."""
+    """Leaves by path; each access fetches that leaf, and keeps nothing."""
 
-    encoded: Mapping[str, Any]
-    setup: Setup
-    step: int
+    paths: tuple[str, ...]
+    fetch: Callable[[str], native.Leaf]
 
     def __getitem__(self, path: str) -> native.Leaf:
-        leaf, table = self.encoded[path], self.setup.table
-        if not isinstance(leaf, Encoded):
-            return unplace(path, leaf, table)
-
-        def part(name: str, array: Any) -> Any:
-            return None if array is None else unplace(f"{path}/{name}", array, table)
-
-        return native.StoredLeaf(
-            codes=unplace(f"{path}/codes", leaf.codes, table),
-            scale=part("scale", leaf.scale),
-            format=_name(self.setup.formats[path], self.step),
-            offset=part("offset", leaf.offset),
-            input_scale=part("input_scale", leaf.input_scale),
-        )
+        return self.fetch(path)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.encoded)
+        return iter(self.paths)
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self.paths)
 
 
 def stored_leaves(encoded: Any, setup: Setup, step: int) -> Mapping[str, native.Leaf]:
     """Return stored parameters (`Encoded` or float leaves on a mesh) by path, as host arrays without padding.
 
-    `step`: updates that they have seen, which says of what grid codes are. Each access fetches that leaf, and keeps
-    nothing.
+    `step`: updates that they have seen, which says of what grid codes are. Each access fetches that leaf, in which all
+    processes have to take part, and keeps nothing.
     """
-    return _Leaves(leaves_by_path(encoded, is_encoded), setup, step)
+    leaves = leaves_by_path(encoded, is_encoded)
+    return _Leaves(tuple(leaves), partial(_fetch, leaves, setup, step))
+
+
+def write_stored(
+    encoded: Any, setup: Setup, step: int, write: Callable[[Mapping[str, native.Leaf]], _Written]
+) -> _Written | None:
+    """Let the first process write stored parameters, and return what `write` does, on all others None.
+
+    `write` is given what `stored_leaves` returns. No process ever holds more than one leaf on the host.
+    """
+    leaves = stored_leaves(encoded, setup, step)
+    paths = tuple(leaves)
+    return first_fetching(paths, leaves.__getitem__, lambda fetch: write(_Leaves(paths, fetch)))
+
+
+def _fetch(leaves: Mapping[str, Any], setup: Setup, step: int, path: str) -> native.Leaf:
+    """Return a stored parameter as host arrays of its logical shape."""
+    leaf, table = leaves[path], setup.table
+    if not isinstance(leaf, Encoded):
+        return unplace(path, leaf, table)
+
+    def part(name: str, array: Any) -> Any:
+        return None if array is None else unplace(f"{path}/{name}", array, table)
+
+    return native.StoredLeaf(
+        codes=unplace(f"{path}/codes", leaf.codes, table),
+        scale=part("scale", leaf.scale),
+        format=_name(setup.formats[path], step),
+        offset=part("offset", leaf.offset),
+        input_scale=part("input_scale", leaf.input_scale),
+    )
 
 
 def _name(form: Format, step: int) -> str:
@@ -76,17 +94,17 @@ def write_export(
     architecture: Architecture,
     tokenizer: Tokenizer,
     metadata: Mapping[str, Any],
-) -> int:
-    """Write stored parameters (`Encoded` or float leaves) and return the size of the weight file in bytes.
+) -> None:
+    """Let the first process write stored parameters (`Encoded` or float leaves).
 
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
-    leaves = stored_leaves(encoded, setup, metadata["step"])
-    if jax.process_count() > 1:
-        leaves = dict(leaves)  # all processes take part in fetching a leaf, and the first one alone writes
     kept = {key: metadata[key] for key in _METADATA}
-    first_alone(lambda: native.write(directory, leaves, architecture, tokenizer, kept))
-    return (directory / native.WEIGHTS).stat().st_size
+
+    def write(leaves: Mapping[str, native.Leaf]) -> None:
+        native.write(directory, leaves, architecture, tokenizer, kept)
+
+    write_stored(encoded, setup, metadata["step"], write)
 
 
 def place_export(export: native.Export, setup: Setup) -> Any:

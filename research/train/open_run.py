@@ -17,6 +17,7 @@ from research.formats import native
 from research.formats.model_source import ModelSource
 from research.mesh import make_mesh
 from research.model.placement import unplace
+from research.processes import from_first, raise_together
 from research.quant.nodes import Encoded, is_encoded
 from research.quant.policy import path_of
 from research.run_folder import CHECKPOINTS
@@ -89,8 +90,21 @@ def _open_export(path: Path) -> Opened:
 
 def _open_step(path: Path) -> Opened:
     metadata = read_metadata(path)
-    weights = partial(restore_weights, path, metadata=metadata, verified=True)
+
+    def weights(setup: Setup) -> Any:
+        _require_one_step(path, metadata["step"])
+        return restore_weights(path, setup, metadata, verified=True)
+
     return Opened(path, metadata, architecture_of(metadata), tokenizer_of(metadata), weights)
+
+
+def _require_one_step(path: Path, step: int) -> None:
+    """Raise `UserError` if the first process has opened the checkpoint of another step: the run is still saving."""
+    first = from_first(step)
+    differs = UserError(
+        f"{path} is newer or older than step {first}, which the first process has opened; name one step"
+    )
+    raise_together(differs if step != first else None)
 
 
 def open_checkpoint(path: Path) -> ModelSource | None:

@@ -64,7 +64,8 @@ def serve_foundation(name: str, experiment: Experiment, mesh: Mesh, report: Call
 
 
 # What may be changed of an experiment where a model is only used; other fields would change the model, or nothing.
-TO_GENERATE = ("mesh", "train.unroll")
+TO_EXPORT = ("mesh",)
+TO_GENERATE = (*TO_EXPORT, "train.unroll")
 TO_EVALUATE = (*TO_GENERATE, "train.loss_chunk", "evaluation", "task.test_examples")
 OF_FOUNDATION = ("train.compute_dtype", "kv_cache")
 
