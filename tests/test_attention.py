@@ -86,6 +86,7 @@ def test_blocks_add_up_to_the_softmax_over_all_keys(t: int, block: int) -> None:
         np.testing.assert_allclose(one, other, **EXACT)
 
 
+@pytest.mark.optimized
 def test_queries_that_see_nothing_get_zeros_and_give_no_gradient() -> None:
     given = problem(8, branches=False)
     hidden = mutual(Segments(given.sight.queries.index_bt, jnp.full((B, 8), -1)))
@@ -104,6 +105,7 @@ def test_blocks_without_a_visible_key_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("grid", ["int8", pytest.param("fp8_e4m3", marks=SLOW)])
+@pytest.mark.optimized
 def test_a_cache_is_read_as_training_rounds(grid: str) -> None:
     given, rounding = problem(13), how(4, grid)
     trained = attend(rounding, *given[:3], *given.sight)
@@ -113,6 +115,7 @@ def test_a_cache_is_read_as_training_rounds(grid: str) -> None:
 
 
 @pytest.mark.parametrize("grid", ["int8", pytest.param("fp8_e4m3", marks=SLOW)])
+@pytest.mark.optimized
 def test_the_gradient_is_that_of_the_rounded_keys_and_values(grid: str) -> None:
     given = problem(13)
     rounded = given._replace(

@@ -29,6 +29,8 @@ from exam import (
 
 from research.quant import apply_updates, latents
 
+pytestmark = pytest.mark.optimized
+
 SEPARATE_STEPS = 5
 CASTS = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 LARGEST = {"int8": 127, "int4": 7}
