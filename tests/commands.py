@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from compiled_programs import OPTIONS
@@ -74,11 +73,11 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a user who set nothing, but for how the suite compiles and where it keeps programs."""
     ours = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_", "COLUMNS"))}
     cache = {name.upper(): str(value) for name, value in OPTIONS.items()}
-    quick = str(jax.config.read("jax_disable_most_optimizations"))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {more.pop('XLA_FLAGS', '')}"
     return {
         **ours,
         **cache,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": quick,
+        "XLA_FLAGS": flags,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         **more,

@@ -12,3 +12,13 @@ OPTIONS: dict[str, str | int | float] = {
     "jax_persistent_cache_min_compile_time_secs": 0.5,
     "jax_persistent_cache_min_entry_size_bytes": -1,  # whatever the file system
 }
+
+QUICK = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",  # MLIR's passes over each fusion take longer than all of LLVM
+        "--xla_cpu_parallel_codegen_split_count=1",  # the suite has a worker a core already
+    )
+)
+"""XLA's flags for programs that are compiled in half the time and run as slowly as they may."""

@@ -1,12 +1,13 @@
 """What every test stands on: eight simulated CPU devices, strict promotion of dtypes and ranks, repeatable examples."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
-from compiled_programs import OPTIONS
+from compiled_programs import OPTIONS, QUICK
 from jax.sharding import AxisType, Mesh
 
 from research.config import MeshConfig
@@ -31,17 +32,18 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --optimized."""
-    parser.addoption("--optimized", action="store_true", help="compile the fast tests as users do, in twice the time")
+    parser.addoption("--optimized", action="store_true", help="compile all that is asked for as users do")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the fast tests without most optimizations: nearly all of their time is compilation.
+    """Compile quickly, but for tests with the marker `optimized` where .ci/run asks for these.
 
-    .ci/run runs many both ways, because two programs may promise the same bits and keep the promise at one level only;
-    layouts and traffic come from the partitioner, which runs all the same. Tests with a marker compile as users do.
+    Nearly all of the suite's time is compilation. Layouts, traffic and what is close say the same at every level of
+    the compiler; two programs may keep a promise of the same bits at one level only, and memory depends on it.
     """
-    fast = "not slow" in config.getoption("markexpr")
-    jax.config.update("jax_disable_most_optimizations", fast and not config.getoption("--optimized"))
+    asked = config.getoption("markexpr")
+    if ("not slow" in asked or "not optimized" in asked) and not config.getoption("--optimized"):
+        os.environ["XLA_FLAGS"] = QUICK  # read at the first compilation, here and in the scripts that tests start
 
 
 # Long files first: one that begins last would run alone, on one of the cores.

@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research.quant.activations import dequantize_tokens, quantize_static, quantize_tokens, statistic_of
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (3, 11, 4, 8)  # b t n h
 BOTH = pytest.mark.parametrize("axes", [(3,), (2, 3)], ids=["one axis", "two axes"])
 

@@ -17,6 +17,8 @@ from research.quant.anneal import annealed, inverse_slope, progress
 from research.quant.grid import GRIDS, calibrate, encode, find_offset, spread
 from research.quant.nodes import Encoded
 
+pytestmark = pytest.mark.optimized
+
 RULE = Rule(match="w", weight="int3", axes="do", contract="d", begin_step=2, end_step=6, anneal="parq")
 ANNEALING = ("none", "parq", "relax")
 

@@ -71,8 +71,13 @@ def at_once(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, sight: Sigh
 
 def both_ways(function: Any, given: Problem) -> list[np.ndarray]:
     """Return the output and the gradients of queries, keys and values."""
-    out, pull = jax.vjp(lambda *arrays: function(*arrays, given.sight), *given[:3])
-    return [np.asarray(x) for x in (out, *pull(given.gradient_btnh))]
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda *arrays: function(*arrays, given.sight), q, k, v)
+        return out, *pull(gradient)
+
+    return [np.asarray(x) for x in run(*given[:4])]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,7 @@ def test_blocks_add_up_to_the_softmax_over_all_keys(t: int, block: int) -> None:
         np.testing.assert_allclose(one, other, **EXACT)
 
 
+@pytest.mark.optimized
 def test_queries_that_see_nothing_get_zeros_and_give_no_gradient() -> None:
     given = problem(8, branches=False)
     hidden = mutual(Segments(given.sight.queries.index_bt, jnp.full((B, 8), -1)))
@@ -104,6 +110,7 @@ def test_blocks_without_a_visible_key_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("grid", ["int8", pytest.param("fp8_e4m3", marks=SLOW)])
+@pytest.mark.optimized
 def test_a_cache_is_read_as_training_rounds(grid: str) -> None:
     given, rounding = problem(13), how(4, grid)
     trained = attend(rounding, *given[:3], *given.sight)
@@ -113,6 +120,7 @@ def test_a_cache_is_read_as_training_rounds(grid: str) -> None:
 
 
 @pytest.mark.parametrize("grid", ["int8", pytest.param("fp8_e4m3", marks=SLOW)])
+@pytest.mark.optimized
 def test_the_gradient_is_that_of_the_rounded_keys_and_values(grid: str) -> None:
     given = problem(13)
     rounded = given._replace(

@@ -26,6 +26,8 @@ from research.quant import (
 from research.quant.grid import GRIDS, calibrate, encode
 from research.quant.state import find
 
+pytestmark = pytest.mark.optimized
+
 D, O, STEPS, DECAY = 32, 4, 6, 0.75  # noqa: E741 (axis letters)
 ROWS = {"axes": "do", "contract": "d"}
 POLICY = Policy(

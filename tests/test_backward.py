@@ -88,6 +88,7 @@ def _reference(subscripts: str, x: jax.Array, w: Quantized, g: jax.Array) -> tup
 
 
 @pytest.mark.parametrize("subscripts", PRODUCTS)
+@pytest.mark.optimized
 def test_both_products_are_of_integers(subscripts: str) -> None:
     x, g = (_normal(axes, seed) for seed, axes in enumerate((_letters(subscripts)[0], _letters(subscripts)[2])))
     w = _weight(subscripts)
@@ -100,6 +101,7 @@ def test_both_products_are_of_integers(subscripts: str) -> None:
 
 
 @pytest.mark.parametrize("subscripts, grid", [(PRODUCTS[0], "int8"), (PRODUCTS[1], "int4"), (PRODUCTS[2], "int8")])
+@pytest.mark.optimized
 def test_gradients_are_right_on_average(subscripts: str, grid: str) -> None:
     """Their mean over many seeds is the straight-through gradient of floats, within what so many can tell."""
     x, g = (_normal(axes, seed) for seed, axes in enumerate((_letters(subscripts)[0], _letters(subscripts)[2])))
@@ -137,6 +139,7 @@ def _spec(told: str) -> PartitionSpec:
 
 
 @pytest.mark.parametrize("sizes, told", MESHES, ids=str)
+@pytest.mark.optimized
 def test_gradients_are_the_same_on_every_mesh(
     sizes: dict[str, int], told: list[str], mesh_of: Callable[..., Mesh]
 ) -> None:
@@ -195,6 +198,7 @@ def losses() -> list[float]:
     return tiny.start(W8A8_BACKWARD).advance(5)
 
 
+@pytest.mark.optimized
 def test_training_goes_as_with_gradients_of_floats(losses: list[float]) -> None:
     straight = tiny.start(tiny.W8A8).advance(5)
     assert losses[0] == straight[0]  # the forward pass is the same
@@ -214,6 +218,7 @@ def test_training_is_the_same_on_meshes(sizes: dict[str, int], losses: list[floa
 
 
 @pytest.mark.parametrize("rules, differs", [(tiny.W8A8, False), (W8A8_BACKWARD, True)], ids=["float", "int8"])
+@pytest.mark.optimized
 def test_a_micro_batch_that_comes_again_is_rounded_otherwise(rules: tuple[Rule, ...], differs: bool) -> None:
     run = tiny.start(rules, train=replace(tiny.TRAIN, accumulate=2))
     rows = put_batch(run.split(tiny.batch())[0], run.mesh)
@@ -227,6 +232,7 @@ def test_a_micro_batch_that_comes_again_is_rounded_otherwise(rules: tuple[Rule, 
             np.testing.assert_allclose(both, 2 * first, atol=0.1 * np.abs(first).max())
 
 
+@pytest.mark.optimized
 def test_without_a_seed_products_keep_gradients_of_floats() -> None:
     """The activation's codes are what dL/dw is taken with: x̂ of the forward pass, not x."""
     subscripts = PRODUCTS[0]

@@ -85,6 +85,7 @@ def test_every_step_gets_other_rows_and_the_state_moves_on() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_benchmark_of_an_experiment(call: Call, tmp_path: Path) -> None:
     flags = ("--steps", "2", "--tokens", "16")
     done = call("benchmark.py", "--config", "tiny.py", "--generate", "3", "--profile", "trace", "--json", *flags)

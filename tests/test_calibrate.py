@@ -67,6 +67,7 @@ def one_by_one() -> dict[str, np.ndarray]:
     return scales([window_batch([text], 1, len(text)) for text in TEXTS])
 
 
+@pytest.mark.optimized
 def test_scales_are_averages_of_the_largest_inputs(one_by_one: dict[str, np.ndarray]) -> None:
     """Of the first layer's attention in numpy: the normed embeddings of the int8 table, text by text."""
     table_vd, scale_d = tiny.foundation()[TABLE], tiny.foundation()["layers/attention_norm/scale_d"][0]
@@ -154,6 +155,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_run_is_calibrated_once_resumed_evaluated_and_exported(call: Call, tmp_path: Path) -> None:
     config = ("--config", "tiny.py", "--config.fold.calibration_examples=20", "--config.optimizer.warmup_steps=1")
     done = call("finetune.py", *config, "--config.train.steps=2")

@@ -21,6 +21,8 @@ from research.quant.nodes import Encoded
 from research.quant.policy import Format
 from research.quant.state import find
 
+pytestmark = pytest.mark.optimized
+
 D, O, B = 64, 7, 13  # noqa: E741 (axis letters)
 LARGEST = 7
 LEARNED = Rule(match="w", weight="int4", estimator="clipped", learn_scale=True, axes="do", contract="d")

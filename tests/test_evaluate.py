@@ -26,6 +26,8 @@ from research.tasks.task import Task
 from research.train.serve import Served
 from research.train.state import encoded_weights, serving_weights
 
+pytestmark = pytest.mark.optimized
+
 MIXED = (  # every kind of product in one program: fp16 weights, weight-only int8, int8 with int8
     Rule(match="layers/attention/.*", weight="fp16"),
     Rule(match="layers/mlp/.*", weight="int8"),

@@ -24,6 +24,8 @@ from research.setup import Setup, make_setup
 from research.train.export import place_export, write_export
 from research.train.state import WEIGHTS, encoded_weights, restore_weights
 
+pytestmark = pytest.mark.optimized
+
 GROUPS = (  # every kind of leaf in a file: groups, one scale a tensor, one a channel, casts, and floats
     Rule(match="layers/attention/[qkv].*", weight="int8", granularity="group:4"),
     Rule(match="layers/attention/.*", weight="int8", granularity="tensor"),

@@ -32,6 +32,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_folded_run_is_trained_resumed_and_evaluated(call: Call, tmp_path: Path) -> None:
     done = call("finetune.py", *FOLDED, *SHORT)
     assert done.code == 0, done.err

@@ -18,6 +18,8 @@ from research.model.generate import Sampling, generate, generate_batch
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
 
+pytestmark = pytest.mark.optimized
+
 SLOW = pytest.mark.slow
 PROMPT = [5, 41, 7]
 DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)

@@ -13,6 +13,8 @@ from hypothesis import given
 
 from research.quant.grid import GRIDS, calibrate, decode, encode, spread
 
+pytestmark = pytest.mark.optimized
+
 INT8 = GRIDS["int8"]
 CASTS = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 SHAPE = (3, 64)

@@ -27,6 +27,8 @@ from research.quant.grid import GRIDS
 from research.quant.nodes import Quantized
 from research.setup import make_setup, put_batch
 
+pytestmark = pytest.mark.optimized
+
 PALLAS = replace(tiny.TRAIN, int8_kernel="pallas")
 # One element, less than a block, whole blocks of one width and of the other, and a little more than whole ones.
 SIZES = [(1, 1, 1), (5, 24, 36), (128, 256, 128), (256, 128, 512), (300, 130, 513)]

@@ -12,6 +12,8 @@ from research.quant.grid import GRIDS
 from research.quant.kv_cache import keep, read_back
 from research.quant.nodes import Encoded
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (2, 5, 4, 16)  # b s k h
 GRIDS_OF_CACHES = pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
 kept = jax.jit(keep, static_argnums=0)

@@ -20,6 +20,8 @@ from research.quant.grid import GRIDS
 from research.quant.latents import keep_latent, random_bits
 from research.quant.policy import Format
 
+pytestmark = pytest.mark.optimized
+
 RULE = Rule(match="w", weight="int4", latent="bfloat16", axes="do", contract="d")
 FORM = Format(GRIDS["int4"], (1, 1), "channel", RULE, path="w")
 SHAPE = (64, 24)

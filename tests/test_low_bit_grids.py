@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research.quant.grid import GRIDS, calibrate, decode, encode, find_offset, round_scale
 
+pytestmark = pytest.mark.optimized
+
 SHAPE, SCALE_SHAPE = (61, 256), (61, 8)
 FP8 = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
 

@@ -96,6 +96,7 @@ MESHES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ("float", "w8a8"))
+@pytest.mark.optimized
 def test_the_estimate_is_within_five_percent_on_every_mesh(name: str, mesh: dict[str, int]) -> None:
     """Optimized as users compile: without, the compiler keeps temporaries that it would reuse."""
     assert abs(error(compiled(CASES[name], **mesh))) < 0.05
@@ -103,6 +104,7 @@ def test_the_estimate_is_within_five_percent_on_every_mesh(name: str, mesh: dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("float", "w8a8", "zero"))
+@pytest.mark.optimized
 def test_on_three_axes_it_is_within_six_percent(name: str) -> None:
     """Gradients in float32, summed over data after fsdp, wait there a little longer than the estimate has them."""
     assert abs(error(compiled(CASES[name], data=2, fsdp=2, tensor=2))) < 0.06
@@ -110,6 +112,7 @@ def test_on_three_axes_it_is_within_six_percent(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.optimized
 def test_the_estimate_is_within_five_percent_whatever_the_job(name: str) -> None:
     plan = compiled(CASES[name], **({"data": 8} if name.startswith("zero") else {"fsdp": 4, "tensor": 2}))
     assert abs(error(plan)) < 0.05
@@ -119,6 +122,7 @@ def test_the_estimate_is_within_five_percent_whatever_the_job(name: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ({"stage": 4}, {"stage": 2, "fsdp": 4}, {"stage": 2, "tensor": 2}), ids=str)
 @pytest.mark.parametrize("name", ("float", "w8a8", "rematerialized"))
+@pytest.mark.optimized
 def test_through_stages_it_is_within_nine_percent(name: str, mesh: dict[str, int]) -> None:
     """What a stage copies of a piece, out of what it saved of all, is more here or less there than the estimate has."""
     plan = compiled(CASES[name], **mesh)
@@ -126,6 +130,7 @@ def test_through_stages_it_is_within_nine_percent(name: str, mesh: dict[str, int
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_what_stays_of_a_mixture_is_exact() -> None:
     plan = compiled(tiny_plans.job(tiny_plans.MIXTURE, W8A8, length=16, accumulate=2), expert=2)
     assert plan.memory.resident == plan.estimated.resident

@@ -81,6 +81,7 @@ def test_loss_and_gradient_are_those_of_the_full_logits(tensor: int) -> None:
 
 
 @pytest.mark.parametrize("tensor", (1, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.optimized
 def test_divergence_from_a_teacher_and_its_gradient_are_those_of_the_full_logits(tensor: int) -> None:
     setup, teacher = float_setup(tensor)
     rng = np.random.default_rng(8)

@@ -42,6 +42,8 @@ from research.train.dry_run import memory_per_device, show_dry_run
 from research.train.state import checkpoint_items, restore_state
 from research.train.step import TrainState, adam_of, make_optimizer, make_state
 
+pytestmark = pytest.mark.optimized
+
 # Blocks of 16 along h and along d, heads and f and v that divide by no mesh.
 ARCHITECTURE = replace(tiny.ARCHITECTURE, width=384, head_width=16, kv_heads=3)
 OPTIMIZER = replace(tiny.OPTIMIZER, moments="int8", clip_norm=1e9)  # clipping would sum in the mesh's order

@@ -19,6 +19,8 @@ from research.formats.model_source import leaf_shapes
 from research.formats.native import StoredLeaf, decode
 from research.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.optimized
+
 TOKENIZER = Tokenizer.load(Path(__file__).parent / "fixtures" / "mha")
 ARCHITECTURE = Architecture(
     vocabulary=112,

@@ -28,6 +28,8 @@ from research.quant import (
 )
 from research.quant.state import find, replace_state
 
+pytestmark = pytest.mark.optimized
+
 STEPS = 6
 # One scaled and one cast grid, in both dtypes of params, and a leaf that stays float: one compilation examines all.
 POLICY = Policy(

@@ -43,6 +43,8 @@ from research.quant import (
 )
 from research.quant.grid import GRIDS, calibrate, decode, encode
 
+pytestmark = pytest.mark.optimized
+
 EACH_FORM = pytest.mark.parametrize(
     "form",
     [*QUANTIZED, *(pytest.param(form, marks=pytest.mark.slow) for form in LONG)],

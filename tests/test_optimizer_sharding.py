@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from research.quant import Leaf, Policy, apply_updates, export, is_on_grid, project, quantize
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (2, 256, 8)  # layers, contracted, out
 PLACES = {
     "one device": (dict(), (None, None, None)),

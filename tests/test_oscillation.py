@@ -16,6 +16,8 @@ from research.quant import Encoded, Policy, apply_updates, export, latents, osci
 from research.quant.oscillation import OSCILLATING
 from research.quant.state import find
 
+pytestmark = pytest.mark.optimized
+
 D, O, STEPS = 32, 4, 12  # noqa: E741 (axis letters)
 MOMENTUM, THRESHOLD = 0.1, 0.25
 ROWS = {"axes": "do", "contract": "d", "oscillation_momentum": MOMENTUM}

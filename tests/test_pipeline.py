@@ -79,6 +79,7 @@ def test_bfloat16_passes_through_stages() -> None:
 
 
 @pytest.mark.parametrize("kv_cache", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.optimized
 def test_stages_draw_the_tokens_of_one_device(kv_cache: str | None) -> None:
     mesh = make_mesh(MeshConfig(stage=2, tensor=2))
     drawn = [_tokens(tiny_models.GQA_9_3, each, kv_cache) for each in (None, mesh)]

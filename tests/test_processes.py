@@ -193,6 +193,7 @@ def survivor(project: Path) -> tuple[Done, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_lost_process_ends_the_other_with_a_line(survivor: tuple[Done, float]) -> None:
     done, seconds = survivor
     print(f"\nthe first process ended {seconds:.2f} s after the second was killed")
@@ -202,6 +203,7 @@ def test_a_lost_process_ends_the_other_with_a_line(survivor: tuple[Done, float])
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_one_process_goes_on_where_two_were(project: Path, survivor: tuple[Done, float]) -> None:
     one, fewer = project / "runs/one", project / "runs/fewer"
     done = run(project, *JOB, "--config.mesh.tensor=4", "--config.run=fewer", UNTIL, "--resume")
@@ -214,6 +216,7 @@ def test_one_process_goes_on_where_two_were(project: Path, survivor: tuple[Done,
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_two_processes_are_the_run_of_one(project: Path, survivor: tuple[Done, float]) -> None:
     one, two = project / "runs/one", project / "runs/two"
     first, second = start_two(project, *JOB, *WHOLE, "--config.run=two", UNTIL, "--resume")
@@ -240,6 +243,7 @@ def test_two_processes_are_the_run_of_one(project: Path, survivor: tuple[Done, f
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_mistake_that_the_first_process_finds_ends_all(project: Path) -> None:
     first, second = (finish(each) for each in start_two(project, *JOB, *WHOLE, "--config.run=one"))
     assert first.code == second.code == 2

@@ -15,6 +15,8 @@ from research.errors import UserError
 from research.quant import Policy, apply_updates, export, is_on_grid, latents, project, quantize
 from research.quant.grid import GRIDS, calibrate
 
+pytestmark = pytest.mark.optimized
+
 D, O, STEPS = 16, 6, 13  # noqa: E741 (axis letters)
 EVERY, HYSTERESIS = 3, 0.05
 HELD = Rule(match="w", weight="int4", axes="do", contract="d", recalibrate_every=EVERY, hysteresis=HYSTERESIS)

@@ -99,6 +99,7 @@ def test_finetune_leaves_a_run(trained: tuple[Path, Done], summary: dict[str, An
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_run_of_eight_bit_floats_leaves_its_export(folder: Path) -> None:
     """What evaluates the export reads its codes from the file."""
     config = (folder / "tiny.py").read_text().replace('weight="int8", activation="int8"', 'weight="fp8_e4m3"')

@@ -21,6 +21,8 @@ from research.quant.activations import dequantize_tokens, quantize_groups, quant
 from research.quant.grid import GRIDS, calibrate, encode, find_offset
 from research.quant.nodes import Encoded, Quantized, stored, view_of
 
+pytestmark = pytest.mark.optimized
+
 SIZES = {"b": 4, "t": 3, "a": 3, "d": 64, "n": 8, "h": 32, "f": 128, "v": 12}
 PRODUCTS = ["btd,dnh->btnh", "btnh,nhd->btd", "bad,vd->bav"]
 GRANULARITIES = ["tensor", "channel", "group:32"]

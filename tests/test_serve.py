@@ -15,6 +15,8 @@ from research.quant.policy import path_of
 from research.report import make_console
 from research.train.serve import OF_FOUNDATION, TO_EVALUATE, TO_GENERATE, serving, with_overrides
 
+pytestmark = pytest.mark.optimized
+
 
 def test_only_what_leaves_the_model_as_it_is_may_be_overridden() -> None:
     base = Experiment()

@@ -18,6 +18,8 @@ from research.quant.grid import GRIDS, calibrate, encode
 from research.quant.policy import coverage
 from research.quant.state import find
 
+pytestmark = pytest.mark.optimized
+
 D, O, STEPS = 32, 5, 8  # noqa: E741 (axis letters)
 IN_FORCE = ("int8", "int8", "int8", "int4", "int4", "int2", "int2", "int2", "int2")  # after 0, 1, … updates
 STAGED = {"axes": "do", "contract": "d", "weight": "int2", "earlier": ("int8:3", "int4:5")}

@@ -39,6 +39,8 @@ from research.train.state import (
 )
 from research.train.step import TrainState, make_optimizer
 
+pytestmark = pytest.mark.optimized
+
 FP16 = (Rule(match=".*", weight="fp16"),)
 LEARNED = (
     Rule(match="layers/mlp/.*", weight="int4", estimator="clipped", learn_scale=True),

@@ -93,6 +93,7 @@ def test_sharded_equals_single_in_float(sizes: dict[str, int], single: dict[str,
 
 
 @_meshes(slow=("fsdp4", "fsdp2-tensor2", "data2-tensor4", "context4", *SLOW))
+@pytest.mark.optimized
 def test_sharded_equals_single_in_w8a8(
     sizes: dict[str, int], single: dict[str, list[float]], w8a8_bounds: np.ndarray
 ) -> None:
@@ -107,6 +108,7 @@ def test_sharded_equals_single_in_w8a8(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=_name)
+@pytest.mark.optimized
 def test_latents_and_moments_split_over_data_change_nothing(sizes: dict[str, int]) -> None:
     """Bit for bit but for the norm of the gradients, a sum in another order."""
     plain, split = tiny.start(tiny.W8A8, **sizes), tiny.start(tiny.W8A8, train=ZERO, **sizes)
@@ -233,6 +235,7 @@ def _leaf(tree: Any, path: str) -> Any:
     return tree
 
 
+@pytest.mark.optimized
 def test_scales_are_those_of_the_unpadded_tensor() -> None:
     plain, padded = tiny.start(tiny.W8A8), tiny.start(tiny.W8A8, tensor=4)
     for path in padded.setup.table:
@@ -252,6 +255,7 @@ def test_accumulation_is_the_whole_batch() -> None:
     np.testing.assert_allclose(parts, whole, rtol=1e-5)  # sums in another order
 
 
+@pytest.mark.optimized
 def test_a_non_finite_step_is_skipped_and_counted() -> None:
     run = tiny.start(tiny.W8A8)
     run.advance(1)
@@ -272,6 +276,7 @@ def test_the_loss_goes_down_on_one_batch() -> None:
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.optimized
 def test_bfloat16_compute_and_params() -> None:
     train = TrainConfig(steps=40, batch_size=tiny.ROWS, accumulate=1, compute_dtype="bfloat16", param_dtype="bfloat16")
     run = tiny.start(tiny.W8A8, train=train)

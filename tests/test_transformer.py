@@ -134,6 +134,7 @@ STATIC = (
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", [GROUPED, STATIC], ids=["groups", "static"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.optimized
 def test_groups_and_static_scales_on_a_mesh_are_those_of_one_device(
     axis_type: AxisType, rules: tuple[Rule, ...], mesh_of: Callable[..., Mesh]
 ) -> None:
@@ -256,6 +257,7 @@ def _trained(options: tuple[tuple[str, Any], ...]) -> tuple[np.ndarray, dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.optimized
 def test_rematerialization_and_unrolling_change_nothing(options: dict[str, Any]) -> None:
     logits_btv, gradients = _trained(tuple(options.items()))
     expected_btv, expected_gradients = _single(tiny.GQA_10_2, tiny.W8A8)
@@ -277,6 +279,7 @@ def test_products_that_are_saved_are_not_done_again(rules: tuple[Rule, ...]) -> 
     assert counted["dots"] == counted["none"] and counted["full"] == counted["none"] + 6
 
 
+@pytest.mark.optimized
 def test_training_and_serving_compute_the_same_bits() -> None:
     """The forward inside a gradient, from values on the grid, and a forward from codes and scales: two programs."""
     served_btv = _logits(tiny.make(tiny.GQA_10_2, tiny.W8A8), _tokens())
@@ -285,6 +288,7 @@ def test_training_and_serving_compute_the_same_bits() -> None:
         np.testing.assert_array_equal(trained_btv, served_btv)
 
 
+@pytest.mark.optimized
 def test_training_and_serving_compute_the_same_bits_on_four_devices(mesh_of: Callable[..., Mesh]) -> None:
     mesh = mesh_of(tensor=4)
     model = tiny.make(tiny.GQA_9_3, tiny.W8A8, mesh, rematerialize="full")
@@ -301,6 +305,7 @@ FOUR_BITS = (
 
 
 @pytest.mark.parametrize("sizes", [{}, pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.optimized
 def test_codes_of_four_bits_take_half_a_byte_and_change_nothing(
     sizes: dict[str, int], mesh_of: Callable[..., Mesh]
 ) -> None:
