@@ -14,8 +14,11 @@ import tiny_models as tiny
 from checkpoints import bits
 from test_gguf_blocks import SMALL
 from test_interop_compressed_tensors import (
+    EXPERTS,
     MATRICES,
     METADATA,
+    MIXTRAL,
+    QWEN3_MOE,
     RULES,
     an_ulp_off,
     compare,
@@ -41,6 +44,10 @@ ENGINE = Path(__file__).parent / "vllm_engine.py"
 TINY = replace(SMALL, head_width=32)  # the smallest that vLLM's attention has on CPUs
 STATIC = (replace(MATRICES[0], activation="int8:static:ema"), MATRICES[1])
 WIDE = 1.0  # a static scale with which nothing saturates: what does has the code -128 there, and -127 here
+MIXTURES = {
+    "Mixtral": (MIXTRAL, "block_sparse_moe.experts.routed_experts"),
+    "Qwen3-MoE": (QWEN3_MOE, "mlp.experts.routed_experts"),
+}
 FUSED = {"self_attn.qkv_proj": ("attention/q_dnh", "attention/k_dkh", "attention/v_dkh"),
          "self_attn.o_proj": ("attention/o_nhd",),
          "mlp.gate_up_proj": ("mlp/gate_df", "mlp/up_df"),
@@ -71,6 +78,12 @@ def write(folder: Path, source: Any, rules: tuple[Rule, ...], tokenizer: Tokeniz
     return model, leaves
 
 
+def ask(folders: list[Path], *options: str) -> dict[str, dict[str, np.ndarray]]:
+    """What vLLM finds of each folder, by its name."""
+    subprocess.run([os.environ["PYTHON_WITH_VLLM"], ENGINE, *options, *folders], check=True)
+    return {folder.name: dict(np.load(folder / "found.npz")) for folder in folders}
+
+
 def inputs() -> dict[str, np.ndarray]:
     """Activations with outliers and a matrix of codes."""
     random = np.random.default_rng(0)
@@ -83,7 +96,7 @@ def inputs() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All that vLLM is asked, in one process of its interpreter: a `Case` by name, and its product."""
-    python, work = os.environ["PYTHON_WITH_VLLM"], tmp_path_factory.mktemp("vllm")
+    work = tmp_path_factory.mktemp("vllm")
     foundation = load_foundation("smollm2-135m-instruct")
     passage_bt, smollm2 = passage(foundation), FloatModel(foundation.architecture, foundation.read)
     tokens_bt = np.random.default_rng(0).integers(3, TINY.vocabulary, (8, 60))
@@ -102,8 +115,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     (work / "product").mkdir()
     np.savez(work / "product" / "inputs.npz", **inputs())  # pyright: ignore[reportArgumentType]
-    subprocess.run([python, ENGINE, *(work / name for name in (*written, "product"))], check=True)
-    answers = {name: dict(np.load(work / name / "found.npz")) for name in (*written, "product")}
+    answers = ask([work / name for name in (*written, "product")])
     return {name: Case(*case, answers[name]) for name, case in written.items()} | {"product": answers["product"]}
 
 
@@ -177,3 +189,31 @@ def test_the_foundation_in_w8a8(found: dict[str, Any], name: str, ceiling: float
     _, ulp = compare(f"{name}, our own an ulp off", ours, case.ours(an_ulp_off(case.model.served)))
     _, divergence = compare(name, ours, case.found["logp_btv"])
     assert divergence <= min(3 * ulp, ceiling)
+
+
+# --- mixtures of experts
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_vllm_reads_experts_and_computes_with_them(tmp_path: Path, name: str) -> None:
+    """Codes and scales bit for bit, as it stacks and fuses them; its product of experts has bfloat16 only.
+
+    That moves our own forward as far: measured KL 3.3e-2 and 9.1e-3, ours in bfloat16 3.0e-2 and 8.6e-3. Asked for is
+    twice as much: whose sums are in which order is another matter.
+    """
+    flags = Path("/proc/cpuinfo").read_text()
+    assert "amx_tile" in flags, "on CPUs vLLM multiplies experts with AMX; take one of these"
+    architecture, prefix = MIXTURES[name]
+    tokens_bt = np.random.default_rng(0).integers(3, architecture.vocabulary, (8, 60))
+    written = write(tmp_path / "x", architecture, MATRICES, byte_level(), "w8a8", tokens_bt)
+    case = Case(*written, tokens_bt, ask([tmp_path / "x"], "--amx")["x"])
+    gate, up, down = (case.leaves[f"layers/mlp/{leaf}"] for leaf in EXPERTS)
+    for part, held in (("codes", "weight"), ("scale", "weight_scale")):
+        wanted_efd = np.concatenate([getattr(gate, part)[1], getattr(up, part)[1]], -1).swapaxes(1, 2)
+        wanted_edf = getattr(down, part)[1].swapaxes(1, 2)
+        np.testing.assert_array_equal(case.found[f"model.layers.1.{prefix}.w13_{held}"], wanted_efd)
+        np.testing.assert_array_equal(case.found[f"model.layers.1.{prefix}.w2_{held}"], wanted_edf)
+    ours, bfloat16 = case.ours(), tiny.make(architecture, MATRICES, compute_dtype="bfloat16")
+    _, bound = compare(f"{name}, our own in bfloat16", ours, replace(case, model=bfloat16).ours())
+    _, divergence = compare(f"{name}", ours, case.found["logp_btv"])
+    assert divergence <= 2 * bound

@@ -1,4 +1,4 @@
-"""vLLM on a CPU as a judge, in an environment of its own (requirements-vllm.txt): vllm_engine.py FOLDER …
+"""vLLM on a CPU as a judge, in an environment of its own (requirements-vllm.txt): vllm_engine.py [--amx] FOLDER …
 
 A folder with `inputs.npz` (x_td, codes_nd, scale_n) gets what vLLM's product makes of it, one with `export/` (a
 directory of compressed-tensors) and `tokens.npy` what vLLM makes of the model; both as `found.npz`.
@@ -18,8 +18,10 @@ os.environ |= {
 import numpy as np
 import torch
 
-# vLLM has two int8 products for CPUs. Where there is AMX it takes one that has no float32; this is the other.
-torch.cpu._is_amx_tile_supported = lambda: False
+# vLLM has two int8 products for CPUs: with AMX one of bfloat16, which is the only one for experts, else one of float32.
+AMX = sys.argv[1] == "--amx"
+if not AMX:
+    torch.cpu._is_amx_tile_supported = lambda: False
 
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm import _custom_ops as ops  # noqa: E402
@@ -44,14 +46,17 @@ def answer(folder: Path) -> None:
     convert = base_loader.process_weights_after_loading
 
     def keep(model: torch.nn.Module, *arguments: Any) -> None:
-        held.update({name: p.detach().numpy().copy() for name, p in model.named_parameters() if ".layers.1." in name})
+        for name, p in model.named_parameters():
+            if ".layers.1." in name and p.dtype != torch.bfloat16:  # which numpy doesn't have
+                held[name] = p.detach().numpy().copy()
         convert(model, *arguments)
 
     base_loader.process_weights_after_loading = keep
     is_packed = "pack-quantized" in (folder / "export" / "config.json").read_text()
+    dtype = "bfloat16" if AMX else "float16" if is_packed else "float32"  # packed codes have no float32 product
     llm = LLM(
-        str(folder / "export"), dtype="float16" if is_packed else "float32",  # packed codes have no float32 product
-        max_logprobs=-1, enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
+        str(folder / "export"), dtype=dtype, max_logprobs=-1, enforce_eager=True, skip_tokenizer_init=True,
+        enable_prefix_caching=False,
     )  # fmt: skip
     base_loader.process_weights_after_loading = convert
     everything = SamplingParams(max_tokens=1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
@@ -69,5 +74,5 @@ def table(found: Any) -> np.ndarray:
     return logp_tv
 
 
-for argument in sys.argv[1:]:
+for argument in sys.argv[1 + AMX :]:
     (product if (Path(argument) / "inputs.npz").exists() else answer)(Path(argument))
