@@ -27,12 +27,14 @@ from research.model.transformer import causal
 from research.quant import is_on_grid
 from research.quant.optimizer import view
 from research.setup import put_batch
+from research.train.interchange import write_compressed_tensors
 from research.train.state import encoded_weights, serving_weights
 
 MIXTURE = replace(tiny.ARCHITECTURE, experts=ExpertSizes(experts=4, chosen=2), head_norms=True)
 WORDS = replace(MIXTURE, vocabulary=byte_level().vocabulary)
 STATIC = (Rule(match=".*", weight="int8", activation="int8:static:ema"),)
 BACKWARD = (Rule(match=".*", weight="int8", activation="int8", backward="int8"),)
+METADATA = {"foundation": {"name": "tiny"}, "task": "fruit", "step": 2}
 STEPS = 5
 
 
@@ -229,7 +231,8 @@ def test_compressed_tensors_hold_each_expert(tmp_path: Path) -> None:
         codes, scale = rng.integers(-8, 8, shape, np.int8), rng.random((2, 4, 1, shape[-1])).astype(np.float16)
         leaves[f"layers/mlp/{name}"] = native.StoredLeaf(codes, scale, "int4/channel")
     for type in ("w8a8", "w4a16"):
-        compressed_tensors.write(tmp_path / type, words, byte_level(), leaves, type, {})
+        told = write_compressed_tensors(tmp_path / type, leaves, words, byte_level(), type, METADATA)
+        assert any("transformers doesn't" in line for line in told) == (type == "w8a8")
         tensors = load_file(tmp_path / type / "model.safetensors")
         for layer, expert in np.ndindex(2, 4):
             for name, ours in (("w1", "gate_edf"), ("w2", "down_efd"), ("w3", "up_edf")):
