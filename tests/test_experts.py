@@ -1,5 +1,6 @@
 """A mixture of experts is the loop over its experts, on every mesh, in integers bit for bit; a Qwen3-MoE."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,14 @@ from research.model.transformer import causal
 from research.quant import is_on_grid
 from research.quant.optimizer import view
 from research.setup import put_batch
+from research.train.interchange import write_compressed_tensors
 from research.train.state import encoded_weights, serving_weights
 
 MIXTURE = replace(tiny.ARCHITECTURE, experts=ExpertSizes(experts=4, chosen=2), head_norms=True)
 WORDS = replace(MIXTURE, vocabulary=byte_level().vocabulary)
 STATIC = (Rule(match=".*", weight="int8", activation="int8:static:ema"),)
 BACKWARD = (Rule(match=".*", weight="int8", activation="int8", backward="int8"),)
+METADATA = {"foundation": {"name": "tiny"}, "task": "fruit", "step": 2}
 STEPS = 5
 
 
@@ -222,10 +225,33 @@ def test_a_directory_of_experts_is_written_and_read(head_norms: bool, kind: str,
     np.testing.assert_array_equal(of_second, leaves["layers/mlp/up_edf"][1, 2].T)
 
 
-def test_a_format_without_experts_says_so(tmp_path: Path) -> None:
-    leaves = tiny.foundation(architecture=WORDS)
-    with pytest.raises(UserError, match="a mixture of experts can't be written; write safetensors or huggingface"):
-        compressed_tensors.write(tmp_path / "x", WORDS, byte_level(), leaves, "w8a8", {})
+def test_compressed_tensors_hold_each_expert(tmp_path: Path) -> None:
+    """Codes and scales as matrices of its own, and the router as floats, which engines are told."""
+    words = replace(WORDS, head_norms=False)
+    leaves: dict[str, Any] = dict(tiny.foundation(architecture=words))
+    rng = np.random.default_rng(0)
+    for name in ("gate_edf", "up_edf", "down_efd"):
+        shape = leaves[f"layers/mlp/{name}"].shape
+        codes, scale = rng.integers(-8, 8, shape, np.int8), rng.random((2, 4, 1, shape[-1])).astype(np.float16)
+        leaves[f"layers/mlp/{name}"] = native.StoredLeaf(codes, scale, "int4/channel")
+    for type in ("w8a8", "w4a16"):
+        told = write_compressed_tensors(tmp_path / type, leaves, words, byte_level(), type, METADATA)
+        assert any("transformers doesn't" in line for line in told) == (type == "w8a8")
+        tensors = load_file(tmp_path / type / "model.safetensors")
+        for layer, expert in np.ndindex(2, 4):
+            for name, ours in (("w1", "gate_edf"), ("w2", "down_efd"), ("w3", "up_edf")):
+                leaf, module = leaves[f"layers/mlp/{ours}"], f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+                codes = tensors[f"{module}.{name}.weight" + ("" if type == "w8a8" else "_packed")]
+                wanted = leaf.codes[layer, expert].T
+                np.testing.assert_array_equal(codes, wanted if type == "w8a8" else compressed_tensors.pack(wanted, 4))
+                np.testing.assert_array_equal(tensors[f"{module}.{name}.weight_scale"], leaf.scale[layer, expert].T)
+        config = json.loads((tmp_path / type / "config.json").read_text())["quantization_config"]
+        assert r"re:.*block_sparse_moe\.gate$" in config["ignore"] and r"re:.*w1$" not in config["ignore"]
+    leaves["layers/mlp/up_edf"] = native.decode(leaves["layers/mlp/up_edf"])
+    with pytest.raises(
+        UserError, match="layers/mlp/up_edf has no integer codes, and layers/mlp/gate_edf has some; engi"
+    ):
+        compressed_tensors.write(tmp_path / "x", words, byte_level(), leaves, "w8a8", {})
 
 
 @pytest.mark.optimized

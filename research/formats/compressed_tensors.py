@@ -22,7 +22,7 @@ import numpy as np
 from research.architecture import Architecture
 from research.errors import UserError
 from research.formats import native
-from research.formats.huggingface import NAMES, WEIGHTS, cast
+from research.formats.huggingface import WEIGHTS, Name, cast, names_of
 from research.formats.huggingface_config import write_config
 from research.formats.model_source import leaf_shapes
 from research.formats.new_directory import new_directory
@@ -53,10 +53,12 @@ TYPES = {"w8a8": Scheme(8, True), "w8a16": Scheme(8, False), "w4a16": Scheme(4, 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: some part of one layer of a leaf."""
+    """One tensor of the file: some part of one layer of a leaf, or of one expert of a layer."""
 
     path: str
-    layer: int
+    name: Name
+    index: tuple[int, ...]
+    """Of the layer, or of layer and expert; () of what is not stacked."""
     part: str
     spec: TensorSpec
 
@@ -89,26 +91,26 @@ def write(
         UserError: `directory` holds something, no matrix has integer codes, codes or scales don't fit `type` (the line
             names the type that holds them), only some activations have static scales, or a value is not finite.
     """
-    if architecture.experts:
-        raise UserError("compressed-tensors of a mixture of experts can't be written; write safetensors or huggingface")
-    scheme, shapes = TYPES[type], leaf_shapes(architecture)
+    scheme, shapes, names = TYPES[type], leaf_shapes(architecture), names_of(architecture)
     groups: dict[str, int] = {}
     has_static: dict[str, bool] = {}
     for path in shapes:
-        leaf = leaves[path]
-        if NAMES[path].inputs and isinstance(leaf, native.StoredLeaf) and leaf.codes.dtype == np.int8:
-            _check_fit(path, leaf, type)
-            groups[path] = _inputs_per_scale(path, leaf)
+        leaf, name = leaves[path], names[path]
+        if name.inputs and isinstance(leaf, native.StoredLeaf) and leaf.codes.dtype == np.int8:
+            _check_fit(path, name, leaf, type)
+            groups[path] = _inputs_per_scale(name, leaf)
             has_static[path] = scheme.rounds_activations and leaf.input_scale is not None
         del leaf  # or it would stay in memory while the next one is read
     if not groups:
         raise UserError(f"no matrix of this model has integer codes for {type}; --format huggingface holds its floats")
+    _check_experts(names, groups)
     static = _one_kind(has_static)
-    per_channel = all(group == _matrix(path, shapes[path])[1] for path, group in groups.items())
+    per_channel = all(group == _matrix(names[path], shapes[path])[1] for path, group in groups.items())
     group = None if per_channel else gcd(*groups.values())
-    tensors = _plan(shapes, groups, scheme, group, static)
+    tensors = _plan(names, shapes, groups, scheme, group, static)
     specs = {name: tensor.spec for name, tensor in tensors.items()}
-    quantization = _quantization(scheme, group, static, floats=shapes.keys() - groups.keys())
+    floats = [names[path] for path in sorted(shapes.keys() - groups.keys())]
+    quantization = _quantization(scheme, group, static, floats)
     with new_directory(directory) as partial:
         write_config(partial, architecture, tokenizer, "float32", quantization)
         tokenizer.save(partial)
@@ -117,7 +119,7 @@ def write(
     return frozenset(groups)
 
 
-def _check_fit(path: str, leaf: native.StoredLeaf, type: str) -> None:
+def _check_fit(path: str, name: Name, leaf: native.StoredLeaf, type: str) -> None:
     assert leaf.scale is not None
     if leaf.offset is not None:
         raise UserError(f"{path} is {leaf.format}, whose offsets {type} has no place for; GGUF's type Q4_1 holds them")
@@ -127,8 +129,20 @@ def _check_fit(path: str, leaf: native.StoredLeaf, type: str) -> None:
     if not scheme.fits(leaf.codes):
         found = f"{leaf.codes.min()} … {leaf.codes.max()}"
         raise UserError(f"{path} is {leaf.format} with codes {found}, and {type} has -8 … 7; type {holder} holds it")
-    if scheme.rounds_activations and prod(leaf.scale.shape[1 : 1 + NAMES[path].inputs]) > 1:
+    if scheme.rounds_activations and prod(leaf.scale.shape[name.stacked :][: name.inputs]) > 1:
         raise UserError(f"{path} is {leaf.format}, and {type} has one scale a channel; type {holder} holds it")
+
+
+def _check_experts(names: Mapping[str, Name], groups: Collection[str]) -> None:
+    """Raise `UserError` if some matrices of experts have codes and some none: engines hold them in one scheme."""
+    experts = [path for path, name in names.items() if name.stacked == 2]
+    without = [path for path in experts if path not in groups]
+    if without and len(without) < len(experts):
+        some = next(path for path in experts if path in groups)
+        raise UserError(
+            f"{without[0]} has no integer codes, and {some} has some; engines hold experts in one scheme, so give all"
+            " their matrices the same rule, or take --format huggingface"
+        )
 
 
 def _one_kind(has_static: Mapping[str, bool]) -> bool:
@@ -142,33 +156,39 @@ def _one_kind(has_static: Mapping[str, bool]) -> bool:
     return True in kinds
 
 
-def _inputs_per_scale(path: str, leaf: native.StoredLeaf) -> int:
+def _inputs_per_scale(name: Name, leaf: native.StoredLeaf) -> int:
     """How many neighbours of a row share a scale, for sure."""
     assert leaf.scale is not None
-    group, inputs = 1, slice(NAMES[path].inputs, 0, -1)  # the innermost axis first
-    for size, scales in zip(leaf.codes.shape[inputs], leaf.scale.shape[inputs], strict=True):
+    group, inputs = 1, slice(name.stacked, name.stacked + name.inputs)
+    axes = zip(leaf.codes.shape[inputs], leaf.scale.shape[inputs], strict=True)
+    for size, scales in reversed(list(axes)):  # the innermost axis first
         group *= size // scales
         if scales > 1:
             break
     return group
 
 
-def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The stored shape of a layer of a leaf, [out, in] for a matrix."""
-    return NAMES[path].shape(shape[1:] if path.startswith("layers/") else shape)
+def _matrix(name: Name, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one tensor of a leaf of that stacked shape, [out, in] for a matrix."""
+    return name.shape(shape[name.stacked :])
 
 
 def _plan(
-    shapes: Mapping[str, tuple[int, ...]], groups: Collection[str], scheme: Scheme, group: int | None, static: bool
+    names: Mapping[str, Name],
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: Collection[str],
+    scheme: Scheme,
+    group: int | None,
+    static: bool,
 ) -> dict[str, _Tensor]:
     """The tensors of the file by name, in its order."""
     tensors: dict[str, _Tensor] = {}
     for path, shape in shapes.items():
-        stored = _matrix(path, shape)
+        name, stored = names[path], _matrix(names[path], shape)
         parts = _parts(stored, scheme, group, static) if path in groups else {"weight": TensorSpec("F32", stored)}
-        for layer, name in enumerate(NAMES[path].tensors(shape)):
-            module = name.removesuffix("weight")
-            tensors |= {module + part: _Tensor(path, layer, part, spec) for part, spec in parts.items()}
+        for index in np.ndindex(shape[: name.stacked]):
+            module = name.pattern.format(*index).removesuffix("weight")
+            tensors |= {module + part: _Tensor(path, name, index, part, spec) for part, spec in parts.items()}
     return {name: tensors[name] for name in by_alignment({name: tensor.spec for name, tensor in tensors.items()})}
 
 
@@ -191,16 +211,15 @@ def _arrays(
     for path, of_leaf in groupby(tensors, key=lambda tensor: tensor.path):
         leaf = leaves[path]
         for tensor in of_leaf:
-            layer = _layer(leaf, tensor.layer) if path.startswith("layers/") else leaf
-            yield _array(tensor, layer, scheme, group)
+            yield _array(tensor, _at(leaf, tensor.index), scheme, group)
 
 
-def _array(tensor: _Tensor, layer: native.Leaf, scheme: Scheme, group: int | None) -> np.ndarray:
-    name = NAMES[tensor.path]
+def _array(tensor: _Tensor, matrix: native.Leaf, scheme: Scheme, group: int | None) -> np.ndarray:
+    name = tensor.name
     if tensor.holds_floats:
-        return cast(tensor.path, name.from_ours(native.decode(layer)), _FLOAT)
-    assert isinstance(layer, native.StoredLeaf) and layer.scale is not None
-    codes_oi = name.from_ours(layer.codes)
+        return cast(tensor.path, name.from_ours(native.decode(matrix)), _FLOAT)
+    assert isinstance(matrix, native.StoredLeaf) and matrix.scale is not None
+    codes_oi = name.from_ours(matrix.codes)
     if tensor.part == "weight":
         return codes_oi
     if tensor.part == "weight_packed":
@@ -208,18 +227,23 @@ def _array(tensor: _Tensor, layer: native.Leaf, scheme: Scheme, group: int | Non
     if tensor.part == "weight_shape":
         return np.array(codes_oi.shape, np.int64)
     if tensor.part == "input_scale":
-        assert layer.input_scale is not None
-        return layer.input_scale.reshape(1)
-    scale_oi = name.from_ours(native.spread(layer.scale, layer.codes.shape))
+        assert matrix.input_scale is not None
+        return matrix.input_scale.reshape(1)
+    scale_oi = name.from_ours(native.spread(matrix.scale, matrix.codes.shape))
     return scale_oi[:, :: group or codes_oi.shape[1]].astype(np.float32)
 
 
-def _layer(leaf: native.Leaf, layer: int) -> native.Leaf:
+def _at(leaf: native.Leaf, index: tuple[int, ...]) -> native.Leaf:
+    """The layer, or the expert of a layer, at that index of what stacks them."""
     if isinstance(leaf, np.ndarray):
-        return leaf[layer]
-    scale = None if leaf.scale is None else leaf.scale[layer * len(leaf.scale) // len(leaf.codes)]
-    inputs = None if leaf.input_scale is None else leaf.input_scale[layer]
-    return native.StoredLeaf(leaf.codes[layer], scale, leaf.format, input_scale=inputs)
+        return leaf[index]
+
+    def part(scales: np.ndarray | None) -> np.ndarray | None:  # may have one for several layers or experts
+        if scales is None:
+            return None
+        return scales[tuple(i * m // n for i, m, n in zip(index, scales.shape, leaf.codes.shape, strict=False))]
+
+    return native.StoredLeaf(leaf.codes[index], part(leaf.scale), leaf.format, input_scale=part(leaf.input_scale))
 
 
 def pack(codes_oi: np.ndarray, bits: int) -> np.ndarray:
@@ -231,13 +255,12 @@ def pack(codes_oi: np.ndarray, bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(words, axis=-1).view(np.int32)
 
 
-def _quantization(scheme: Scheme, group: int | None, static: bool, floats: Collection[str]) -> dict[str, Any]:
+def _quantization(scheme: Scheme, group: int | None, static: bool, floats: Iterable[Name]) -> dict[str, Any]:
     """The object `quantization_config` of config.json; transformers 4 and 5 and vLLM read the same."""
     common = {"type": "int", "symmetric": True}
     weights = {"num_bits": scheme.bits, **common, "dynamic": False, "strategy": "group" if group else "channel"}
     activations = {"num_bits": 8, **common, "dynamic": not static, "strategy": "tensor" if static else "token"}
-    matrices = sorted(path for path in floats if NAMES[path].inputs)
-    modules = [NAMES[path].pattern.removesuffix(".weight").rsplit("{}.", 1)[1] for path in matrices]
+    modules = [name.pattern.removesuffix(".weight").rsplit("{}.", 1)[1] for name in floats if name.inputs]
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if scheme.rounds_activations else "pack-quantized",

@@ -77,9 +77,11 @@ def write_compressed_tensors(
     static = [path for path in _with_static_inputs(leaves) if path in held and rounds]
     per = "the static scales of the run" if static else "a scale per token"
     inputs = f"engines round what they multiply to int8, {per}" if rounds else "engines decode them"
+    of_experts = rounds and architecture.experts is not None
     return (
         f"codes and scales of the run, bit for bit: {_list(held)}; {inputs}",
         f"float32, exactly decoded: {_list(floats)}; engines round nothing that they multiply",
+        *(("vLLM reads experts in w8a8, transformers doesn't; it reads w8a16 and w4a16",) if of_experts else ()),
         *_left_out(leaves, static),
     )
 
