@@ -144,6 +144,7 @@ def test_rematerialized_layers_save_their_input_only() -> None:
 VOCABULARY = 16_384  # so that all logits at once would be the fullest moment
 
 
+@pytest.mark.optimized
 def test_memory_grows_with_layers_as_a_line_and_not_with_chunks_of_logits() -> None:
     two, three, four = (peak(layers) for layers in (2, 3, 4))
     # The compiler packs temporaries into shared buffers: a few KiB more or less.
