@@ -73,7 +73,7 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a user who set nothing, but for how the suite compiles and where it keeps programs."""
     ours = {name: text for name, text in os.environ.items() if not name.startswith(("JAX_", "XLA_", "COLUMNS"))}
     cache = {name.upper(): str(value) for name, value in OPTIONS.items()}
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {more.pop('XLA_FLAGS', '')}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {more.pop('XLA_FLAGS', '')}".strip()  # a blank is a file's name to XLA
     return {
         **ours,
         **cache,
