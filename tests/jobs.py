@@ -10,6 +10,7 @@ from research.run_folder import read_metrics
 STEPS = 16
 UNTIL = f"--config.train.steps={STEPS}"
 WHOLE = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOB = ("finetune.py", "--config", "tiny.py", "--config.logging.tensorboard=false")
 
 
@@ -22,8 +23,7 @@ def free_port() -> int:
 
 def ours(address: str, count: object, index: object) -> dict[str, str]:
     """Return the three variables of JAX's own that make one of several processes."""
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    return dict(zip(names, (address, str(count), str(index)), strict=True))
+    return dict(zip(OURS, (address, str(count), str(index)), strict=True))
 
 
 def joining() -> list[dict[str, str]]:

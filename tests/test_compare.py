@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import FOUNDATION, Call, calls_in, check_mistake, make_project
+from tiny_corpus import CORPUS, write_documents
 
 from research.compare.arms import arms_of
 from research.compare.scores import DocumentScores, figures_of
@@ -26,9 +27,7 @@ from research.config import OptimizerConfig, Rule, TrainConfig
 def get_config():
     return Comparison(
         foundation={FOUNDATION!r},
-        corpus=CorpusConfig(
-            name="own_text", path="documents.jsonl", window=16, validation_documents=3, test_documents=6
-        ),
+        corpus={CORPUS},
         schemes=(Scheme(name="int3 channel", quantization=(Rule(match="layers/.*", weight="int3"),)),),
         control=False,
         optimizer=OptimizerConfig(learning_rate=2e-3),
@@ -49,9 +48,7 @@ FLOAT, PTQ, QAT, DISTILLED = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("comparison")
     (path / "tiny.py").write_text(CONFIG)
-    words = np.random.default_rng(0)
-    texts = [" ".join(words.choice(["free", "cash", "lunch", "you", "see", "a"], 12)) + f" {n}" for n in range(80)]
-    (path / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write_documents(path, 80)
     return path
 
 

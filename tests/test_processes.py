@@ -11,13 +11,12 @@ import jax
 import numpy as np
 import pytest
 from commands import Done, calls_in, check_mistake, finish, make_project, run, start, wait_for
-from jobs import JOB, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, said, same_batches
+from jobs import JOB, OURS, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, said, same_batches
 
 from research.errors import Lost, UserError
 from research.processes import first_alone, first_fetching, joined_processes, launch_of, require_one_process
 from research.run_folder import RunFolder
 
-OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
 
 

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_training as tiny
 from commands import FOUNDATION, ROOT, Done, finish, start
 from jobs import figures, joining, said
 from joined import printed
+from tiny_corpus import CORPUS, write_documents
 from tiny_runs import save
 
 from research.config import Rule
@@ -34,9 +33,7 @@ from research.config import MeshConfig, OptimizerConfig, Rule, TrainConfig
 def get_config():
     return Comparison(
         foundation={FOUNDATION!r},
-        corpus=CorpusConfig(
-            name="own_text", path="documents.jsonl", window=16, validation_documents=3, test_documents=6
-        ),
+        corpus={CORPUS},
         schemes=(Scheme(name="int3", quantization=(Rule(match="layers/.*", weight="int3"),)),),
         treatments=("qat",),
         control=False,
@@ -86,23 +83,12 @@ class Found:
 
 
 @pytest.fixture(scope="module")
-def quickly_compiled() -> Iterator[None]:
-    """Compile without most optimizations: nothing here depends on them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, quickly_compiled: None) -> Found:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """A folder with one/ and two/, runs/one and runs/two."""
     folder = tmp_path_factory.mktemp("scripts")
     run = tiny.start(RULES, architecture=tiny.OF_BLOCKS, **MESH)
     save(folder / "runs/blocks/checkpoints", run.state, MESH, RULES, tiny.OF_BLOCKS)
-    words = np.random.default_rng(0)
-    texts = [" ".join(words.choice(["free", "cash", "lunch", "you", "see", "a"], 12)) + f" {n}" for n in range(40)]
-    (folder / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write_documents(folder, 40)
     (folder / "tiny.py").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
