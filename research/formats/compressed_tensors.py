@@ -186,8 +186,8 @@ def _plan(
     for path, shape in shapes.items():
         name, stored = names[path], _matrix(names[path], shape)
         parts = _parts(stored, scheme, group, static) if path in groups else {"weight": TensorSpec("F32", stored)}
-        for index in np.ndindex(shape[: name.stacked]):
-            module = name.pattern.format(*index).removesuffix("weight")
+        for index, tensor in zip(np.ndindex(shape[: name.stacked]), name.tensors(shape), strict=True):
+            module = tensor.removesuffix("weight")
             tensors |= {module + part: _Tensor(path, name, index, part, spec) for part, spec in parts.items()}
     return {name: tensors[name] for name in by_alignment({name: tensor.spec for name, tensor in tensors.items()})}
 

@@ -5,7 +5,7 @@ they are the decoded weights, float32(code) · float32(scale): 8 + 11 bits, whic
 round.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def write_gguf(
         held.setdefault(entry.type, []).append(leaf)
     types = " · ".join(f"{name}: {_list(paths)}" for name, paths in held.items())
     rounded = [leaf for leaf, entry in written.items() if not entry.is_exact]
-    return types, describe_rounding(type, rounded, leaves, remedy="F32"), *_left_out(leaves)
+    return types, describe_rounding(type, rounded, leaves, remedy="F32"), *_left_out(_with_static_inputs(leaves))
 
 
 def write_huggingface(
@@ -55,7 +55,7 @@ def write_huggingface(
     rounded = huggingface.write(
         directory, architecture, tokenizer, leaves, lambda path: native.decode(leaves[path]), type, _header(metadata)
     )
-    return (describe_rounding(type, rounded, leaves, remedy="float32"), *_left_out(leaves))
+    return (describe_rounding(type, rounded, leaves, remedy="float32"), *_left_out(_with_static_inputs(leaves)))
 
 
 def write_compressed_tensors(
@@ -74,7 +74,8 @@ def write_compressed_tensors(
     held = sorted(compressed_tensors.write(directory, architecture, tokenizer, leaves, type, header))
     floats = [path for path in leaves if path not in held]
     rounds = compressed_tensors.TYPES[type].rounds_activations
-    static = [path for path in _with_static_inputs(leaves) if path in held and rounds]
+    given = _with_static_inputs(leaves)
+    static = [path for path in given if path in held and rounds]
     per = "the static scales of the run" if static else "a scale per token"
     inputs = f"engines round what they multiply to int8, {per}" if rounds else "engines decode them"
     of_experts = rounds and architecture.experts is not None
@@ -82,7 +83,7 @@ def write_compressed_tensors(
         f"codes and scales of the run, bit for bit: {_list(held)}; {inputs}",
         f"float32, exactly decoded: {_list(floats)}; engines round nothing that they multiply",
         *(("vLLM reads experts in w8a8, transformers doesn't; it reads w8a16 and w4a16",) if of_experts else ()),
-        *_left_out(leaves, static),
+        *_left_out([path for path in given if path not in static]),
     )
 
 
@@ -91,10 +92,9 @@ def _with_static_inputs(leaves: Mapping[str, native.Leaf]) -> list[str]:
     return [path for path in leaves if getattr(leaves[path], "input_scale", None) is not None]
 
 
-def _left_out(leaves: Mapping[str, native.Leaf], held: Collection[str] = ()) -> tuple[str, ...]:
-    """Return a line about static scales of activations that a file has no place for, if there are such."""
-    paths = [path for path in _with_static_inputs(leaves) if path not in held]
-    return (f"not in it: static scales of activations, of {_list(paths)}",) if paths else ()
+def _left_out(static: list[str]) -> tuple[str, ...]:
+    """Return a line about leaves with static scales of activations that a file has no place for, if there are such."""
+    return (f"not in it: static scales of activations, of {_list(static)}",) if static else ()
 
 
 def _header(metadata: Mapping[str, Any]) -> dict[str, str]:
