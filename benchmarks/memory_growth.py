@@ -11,6 +11,7 @@ compiler tells them.
 import argparse
 import json
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ def job(layers: int, chunks: int) -> Job:
     return Job(experiment, replace(ARCHITECTURES["smollm2-135m"], layers=layers), chunks * CHUNK // ROWS)
 
 
+@cache  # both series have a job in common
 def working_bytes(layers: int, chunks: int) -> int:
     """Return the most bytes that a program of the step takes beside its arguments."""
     mesh = make_mesh(MeshConfig())
