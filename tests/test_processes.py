@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -197,8 +198,11 @@ def test_a_lost_process_ends_the_other_with_a_line(survivor: tuple[Done, float])
     done, seconds = survivor
     print(f"\nthe first process ended {seconds:.2f} s after the second was killed")
     assert seconds < 60
-    assert done.code == 1, done
-    assert said(done.err).startswith("error: process 0 of 2: another process of this run is gone; start all"), done
+    if done.code == -signal.SIGABRT:  # one time in four the loss is JAX's to find (0017)
+        assert "This most likely indicates that another task died" in done.err, done.err
+    else:
+        assert done.code == 1, done.err
+        assert said(done.err).startswith("error: process 0 of 2: another process of this run is gone; start all")
 
 
 @pytest.mark.slow
