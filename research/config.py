@@ -340,7 +340,8 @@ class TrainConfig:
     """What multiplies int8 weights with int8 activations: xla, or pallas (a kernel for H100 and H200, the same bits;
     not measured on a GPU yet; on a CPU interpreted, which is for tests)."""
     unroll: int = 1
-    """Layers per iteration of the scan: more compile time for more speed."""
+    """Layers per iteration of the scan: more compile time for more speed. With all of them text is generated from
+    weights that each layer has for itself, which saves a copy of all for every token."""
     loss_chunk: int = 256
     """Answer positions whose logits exist at one time."""
     distill: float = 0.0

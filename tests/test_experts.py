@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from research.config import MeshConfig, Rule, TrainConfig
 from research.errors import UserError
 from research.formats import compressed_tensors, huggingface, native
 from research.mesh import AXES, make_mesh
+from research.model.attention import in_order, mutual
 from research.model.experts import RouterSums, balance_loss, route, z_loss
 from research.model.seam import einsum
 from research.model.transformer import causal
+from research.model.unstacked import unstack_unrolled
 from research.quant import is_on_grid
 from research.quant.optimizer import view
 from research.setup import put_batch
@@ -137,6 +140,20 @@ def test_serving_from_codes_gives_the_bits_of_training() -> None:
     tokens_bt = jnp.asarray(tiny.batch().tokens_bt)
     forward = jax.jit(lambda w: causal(nnx.merge(run.setup.graph, w), tokens_bt))
     np.testing.assert_array_equal(forward(trained), forward(served))
+
+
+@pytest.mark.optimized
+def test_unstacked_experts_tell_the_same_of_their_routers() -> None:
+    run = start(tiny.W8A8)
+    stacks, batch = serving_weights(encoded_weights(run.state)), tiny.batch()
+    position_bt = jnp.broadcast_to(jnp.arange(batch.tokens_bt.shape[1])[None], batch.tokens_bt.shape)
+    sight = mutual(in_order(jnp.zeros(batch.tokens_bt.shape, jnp.int32)))
+    forward = jax.jit(lambda w: nnx.merge(run.setup.graph, w).run(batch.tokens_bt, position_bt, sight))
+    wanted = forward(stacks)
+    settings = replace(run.setup.settings, unroll=run.setup.settings.architecture.layers)
+    found = forward(unstack_unrolled(settings, stacks))
+    assert isinstance(found[2], RouterSums)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)  # no code flips
 
 
 def test_losses_of_the_router_are_those_of_the_papers() -> None:

@@ -1,6 +1,7 @@
 """Generation with a cache gives the tokens of a forward without one, on any mesh, for any mixture of prompts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from research.model import generate as module
 from research.model.attention import Sight, in_order
 from research.model.generate import Sampling, generate, generate_batch
 from research.model.transformer import causal
+from research.model.unstacked import Unstacked, unstack_unrolled
 from research.quant.grid import GRIDS
 
 pytestmark = pytest.mark.optimized
@@ -94,6 +96,30 @@ def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> 
     assert np.abs(np.concatenate(found) - expected_tv).max() < 5e-6 * np.abs(expected_tv).max()
 
 
+def _with_weights_of_their_own(model: tiny.Tiny) -> dict[str, Any]:
+    """The model's weights, unstacked."""
+    stacks = jax.tree.map(jnp.copy, model.served)
+    weights = unstack_unrolled(replace(model.settings, unroll=2), stacks)
+    assert all(x.is_deleted() for x in jax.tree.leaves(stacks["layers"]))
+    return weights
+
+
+def test_only_weights_of_unrolled_layers_are_unstacked(w8a8: tiny.Tiny) -> None:
+    stacks = w8a8.served
+    assert unstack_unrolled(w8a8.settings, stacks) is stacks
+    weights = _with_weights_of_their_own(w8a8)
+    layers = jax.tree.leaves(weights.pop("layers"), is_leaf=lambda x: isinstance(x, Unstacked))
+    assert {len(x.arrays) for x in layers} == {2}
+    jax.tree.map(np.testing.assert_array_equal, weights, {name: stacks[name] for name in weights})
+
+
+@pytest.mark.parametrize("policy", ["float", "w8a8"])
+def test_layers_with_weights_of_their_own_draw_the_same_tokens(policy: str) -> None:
+    model = _model(policy)
+    found = generate(model.graph, _with_weights_of_their_own(model), PROMPT, max_tokens=12)
+    assert list(found) == _greedy(model, PROMPT, 12)
+
+
 def test_first_token_is_that_of_transformers() -> None:
     expected = np.load(tiny.FIXTURES / "gqa_9_3" / "expected.npz")
     model = tiny.make("gqa_9_3")
@@ -159,6 +185,10 @@ def test_meshes_draw_the_same_tokens_and_split_the_cache(
     sharded = tiny.make(tiny.GQA_10_2, tiny.W8A8, mesh, kv_grid=GRIDS.get(kv_cache))
     with jax.set_mesh(mesh):
         found = _greedy(sharded, PROMPT, 10, sampling=DRAWN, seed=3)
+        apart = _with_weights_of_their_own(sharded)
+        again = list(generate(sharded.graph, apart, PROMPT, max_tokens=10, sampling=DRAWN, seed=3))
+    for whole, x in zip(jax.tree.leaves(sharded.served["layers"]), jax.tree.leaves(apart["layers"])[::2], strict=True):
+        assert x.sharding.shard_shape(x.shape) == whole.sharding.shard_shape(whole.shape)[1:]
     for part in jax.tree.leaves([caches[0], caches[-1]]):
         *split, width = part.shape
         assert split == [2, 2, 64, 4]  # two layers, a row for each of fsdp=2, two kv heads for four devices
@@ -166,7 +196,7 @@ def test_meshes_draw_the_same_tokens_and_split_the_cache(
         assert (width, part.dtype) in ([(4, jnp.float32)] if kv_cache == "float" else [(4, jnp.int8), (1, jnp.float16)])
     tokens = sum(leaf.nbytes for leaf in jax.tree.leaves(caches[0])) / 2 / 64
     assert module.cache_bytes_per_token(sharded.settings) == tokens
-    assert found == _greedy(_model("w8a8", kv_cache), PROMPT, 10, sampling=DRAWN, seed=3)
+    assert found == again == _greedy(_model("w8a8", kv_cache), PROMPT, 10, sampling=DRAWN, seed=3)
 
 
 def _shares(logits_v: np.ndarray, sampling: Sampling) -> np.ndarray:

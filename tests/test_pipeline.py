@@ -16,6 +16,7 @@ from research.errors import UserError
 from research.mesh import make_mesh
 from research.model.generate import generate
 from research.model.pipeline import bubble, count_pieces
+from research.model.unstacked import unstack_unrolled
 from research.quant import is_on_grid
 from research.quant.grid import GRIDS
 from research.setup import put_batch
@@ -89,4 +90,6 @@ def test_stages_draw_the_tokens_of_one_device(kv_cache: str | None) -> None:
 def _tokens(architecture: Architecture, mesh: Any, kv_cache: str | None) -> list[int]:
     model = tiny_models.make(architecture, tiny_models.FLOAT, mesh, kv_grid=GRIDS.get(kv_cache or ""))
     with jax.set_mesh(mesh or make_mesh(MeshConfig())):
-        return list(generate(model.graph, model.served, [3, 1, 4, 1, 5], max_tokens=8))
+        served = model.served
+        assert mesh is None or unstack_unrolled(replace(model.settings, unroll=architecture.layers), served) is served
+        return list(generate(model.graph, served, [3, 1, 4, 1, 5], max_tokens=8))

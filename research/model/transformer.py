@@ -1,6 +1,6 @@
 """A Llama-architecture decoder as Flax NNX modules: embedding, stacked layers in a scan, norm, tied or untied head."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from research.model.parameters import parameter_table, plan_heads
 from research.model.pipeline import through_stages
 from research.model.seam import SAVED
 from research.model.sharding import whole_layers
+from research.model.unstacked import layers_of
 from research.quant.policy import Policy
 
 
@@ -68,6 +69,9 @@ class Transformer(nnx.Module):
                 x_btd, cache, sums = nnx.merge(graph, weights)(x_btd, rotation, sight, cache, Slot(index, start))
                 return (settings.scatter(x_btd), cache), sums
 
+            if (each := layers_of(weights)) is not None:
+                (x_btd, cache), sums = _go_through(layer, (x_btd, cache), each)
+                return x_btd, cache, sums
             numbers = jnp.arange(len(jax.tree.leaves(weights)[0]), dtype=jnp.int32)
             scanned = (whole_layers(weights), numbers)
             layer = _rematerialize(layer, settings.rematerialize)
@@ -87,6 +91,15 @@ class Transformer(nnx.Module):
     def logits(self, x_bad: jax.Array) -> jax.Array:
         """Return the logits [b, a, v] of hidden states [b, a, d], as `Embedding.logits` does."""
         return self.unembedding.logits(x_bad)
+
+
+def _go_through(layer: Any, carry: Any, each: Sequence[Any]) -> tuple[Any, Any]:
+    """Return what a scan would, of layers with weights of their own."""
+    sums = []
+    for number, weights in enumerate(each):
+        carry, of_layer = layer(carry, (weights, jnp.int32(number)))
+        sums.append(of_layer)
+    return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *sums)
 
 
 def _rematerialize(layer: Any, what: str) -> Any:
