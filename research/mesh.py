@@ -30,8 +30,13 @@ def sizes(mesh: MeshConfig) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
+def least_devices(mesh: MeshConfig) -> int:
+    """Return the number of devices that `mesh` needs at least: -1 counts as 1."""
+    return prod(max(size, 1) for size in sizes(mesh).values())
+
+
 def prepare_devices(mesh: MeshConfig, processes: int = 1) -> None:
-    """Simulate this process's share of the CPU devices of `mesh` (-1 counts as 1), before anything runs in JAX.
+    """Simulate this process's share of the CPU devices of `mesh`, the least that it needs, before anything runs in JAX.
 
     Nothing is set where the user's environment already names a number of CPU devices (`XLA_FLAGS` with
     `xla_force_host_platform_device_count`, or `JAX_NUM_CPU_DEVICES`): then `resolve` works with theirs. On a machine
@@ -44,8 +49,7 @@ def prepare_devices(mesh: MeshConfig, processes: int = 1) -> None:
         return
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    devices = prod(max(size, 1) for size in sizes(mesh).values())
-    needed = -(-devices // processes)
+    needed = -(-least_devices(mesh) // processes)
     # A mesh beyond the limit may fit real devices; where it doesn't, `resolve` says so.
     jax.config.update("jax_num_cpu_devices", min(needed, _MOST_SIMULATED))
 

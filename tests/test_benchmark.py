@@ -1,6 +1,7 @@
 """What scripts/benchmark.py counts, and what it prints."""
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,28 @@ import pytest
 import tiny_training as tiny
 from commands import Call, calls_in, check_mistake, make_project
 
-from research.architecture import ExpertSizes
-from research.benchmark.command import variant
-from research.benchmark.flops import model_flops
+from research.architecture import Architecture, ExpertSizes
+from research.benchmark.command import in_new_process, variant
+from research.benchmark.flops import integer_flops, model_flops
 from research.benchmark.profile import most_expensive
-from research.config import Experiment, MeshConfig, TrainConfig
+from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.errors import UserError
 from research.mesh import make_mesh
 from research.plan.measure import RandomSteps
 from research.plan.program import Job
+from research.setup import setup_of
 
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     yield from calls_in(make_project(tmp_path), monkeypatch, capsys)
+
+
+def _job(architecture: Architecture, rules: tuple[Rule, ...] = ()) -> Job:
+    """Two micro-batches of five rows of four tokens, two of them predicted."""
+    train = TrainConfig(batch_size=10, accumulate=2)
+    task = replace(Experiment().task, lengths=(4,))
+    return Job(Experiment(train=train, task=task, quantization=rules), architecture, 2)
 
 
 def test_operations_are_counted_by_hand() -> None:
@@ -34,12 +43,30 @@ def test_operations_are_counted_by_hand() -> None:
     seen = 1 + 2 + 3 + 4  # keys of a row of four
     attention = 2 * a.layers * a.query_heads * a.head_width * seen
     head = a.vocabulary * a.width
-    dense = model_flops(a, rows=5, length=4, predicted=2)
-    assert dense == 6 * 5 * (4 * a.layers * (per_layer + experts) + 2 * head + attention)
+    dense = 6 * 10 * (4 * a.layers * (per_layer + experts) + 2 * head + attention)
+    assert model_flops(_job(a)) == model_flops(_job(replace(a, tied_head=not a.tied_head))) == dense
     mixture = replace(a, experts=ExpertSizes(experts=8, chosen=2))
     router = 8 * a.width
-    found = model_flops(mixture, rows=5, length=4, predicted=2)
-    assert found == 6 * 5 * (4 * a.layers * (per_layer + 2 * experts + router) + 2 * head + attention)
+    found = model_flops(_job(mixture))
+    assert found == 6 * 10 * (4 * a.layers * (per_layer + 2 * experts + router) + 2 * head + attention)
+
+
+def test_operations_of_integers_are_those_of_int8_with_int8() -> None:
+    a = tiny.ARCHITECTURE
+    mlp, attention = "layers/mlp/.*", "layers/attention/.*"
+    rules = (
+        Rule(match=mlp, weight="int8", activation="int8", backward="int8"),
+        Rule(match=attention, weight="int4", activation="int8"),
+        Rule(match=".*/table_vd", weight="int8"),
+    )
+    job, per_weight = _job(a, rules), 2 * 10 * 4 * a.layers * a.width
+    with jax.set_mesh(mesh := make_mesh(MeshConfig())):
+        found = integer_flops(job, setup_of(job.experiment, a, mesh))
+    heads = 2 * a.head_width * (a.query_heads + a.kv_heads)
+    assert found == per_weight * (3 * 3 * a.feed_forward + heads)
+    floats = (Rule(match=mlp, weight="fp8_e4m3", activation="int8"), Rule(match=attention, weight="int8"))
+    with jax.set_mesh(mesh):
+        assert integer_flops(job, setup_of(_job(a, floats).experiment, a, mesh)) == 0
 
 
 def test_operations_of_a_profile_are_added_up_by_name() -> None:
@@ -60,6 +87,11 @@ def test_operations_of_a_profile_are_added_up_by_name() -> None:
     assert (first.name, second.name) == ("dot.1", "fusion.2")
     assert (first.seconds, first.calls, first.share) == pytest.approx((0.004, 1, 0.8))
     assert [one.name for one in most_expensive(data, steps=2, most=1)] == ["dot.1"]
+
+
+def test_a_killed_process_is_said_in_a_line() -> None:
+    with pytest.raises(UserError, match="was killed, probably for want of memory"):
+        in_new_process(signal.raise_signal, signal.SIGKILL)
 
 
 def test_variants() -> None:
@@ -98,10 +130,10 @@ def test_a_benchmark_of_an_experiment(call: Call, tmp_path: Path) -> None:
     assert found["peak_bytes"] > 2**26 and found["generation"]["tokens_per_second"] > 0
     assert found["operations"] and sum(one["share"] for one in found["operations"]) <= 1 + 1e-9
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
-    compared = call("benchmark.py", "--config", "tiny.py", "--compare", "base,float,mesh.tensor=1", "--json", *flags)
+    compared = call("benchmark.py", "--config", "tiny.py", "--compare", "mesh.tensor=1,float,base", "--json", *flags)
     assert compared.code == 0, compared.err
     variants = json.loads(compared.out)["variants"]
-    assert [one["name"] for one in variants] == ["base", "float", "mesh.tensor=1"]
+    assert [one["name"] for one in variants] == ["mesh.tensor=1", "float", "base"]  # the first has fewest devices
     assert variants[0]["time_ratio"] == 1 and all(len(one["seconds"]) == 2 for one in variants)
 
 

@@ -22,6 +22,7 @@ from research.errors import UserError
 from research.report import NOTHING, make_table, say
 from research.units import format_bytes, format_duration, format_rate
 
+_Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
 
 
@@ -33,18 +34,21 @@ def measure_experiment(name: str, request: Request, console: Console) -> dict[st
     say(console, "Measuring", f"{name}: {request.steps} steps of {request.job.tokens:,} tokens")
     with tempfile.TemporaryDirectory() as programs:
         request = replace(request, programs=Path(programs))
-        found = {"config": name} | in_new_process(measure_one, request)
-        second = in_new_process(measure_start, replace(request, profile=None))
+        found = {"config": name} | in_new_process(measure_one, replace(request, started=time.time()))
+        second = in_new_process(measure_start, replace(request, started=time.time(), profile=None))
     return found | {"second_start_seconds": second}
 
 
-def in_new_process(function: Callable[[Request], _Result], request: Request) -> _Result:
+def in_new_process(function: Callable[[_Argument], _Result], argument: _Argument) -> _Result:
     """Return what `function` returns in a new process; `UserError` if it is killed, as for want of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(function, replace(request, started=time.time())).result()
+            return pool.submit(function, argument).result()
         except BrokenProcessPool:
-            raise UserError("the process was killed, probably for want of memory; plan.py tells what fits") from None
+            raise UserError(
+                "the process was killed, probably for want of memory (variants of --compare take theirs side by side);"
+                " plan.py tells what fits"
+            ) from None
 
 
 def variant(experiment: Experiment, text: str) -> Experiment:
@@ -70,8 +74,7 @@ def compare_variants(names: Sequence[str], requests: Sequence[Request], console:
     say(console, "Comparing", f"{', '.join(names)}: {requests[0].steps} steps of each, in turns")
     with tempfile.TemporaryDirectory() as programs:
         shared = [replace(request, programs=Path(programs)) for request in requests]
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            seconds = np.array(pool.submit(compare, shared).result())
+        seconds = np.array(in_new_process(compare, shared))
     found = [
         _variant_of(name, request, own, seconds[0]) for name, request, own in zip(names, requests, seconds, strict=True)
     ]
@@ -94,8 +97,8 @@ def _variant_of(name: str, request: Request, seconds: np.ndarray, first: np.ndar
 
 def _render_variants(found: Sequence[Mapping[str, Any]]) -> Table:
     table = make_table()
-    table.add_column("variant")
-    for header in ("a step", "speed", f"time over that of {found[0]['name']}", "quartiles"):
+    table.add_column("variant", overflow="fold")
+    for header in ("a step", "speed", "of the first's time", "quartiles"):
         table.add_column(header, justify="right", no_wrap=True)
     for one in found:
         low, high = one["time_ratio_quartiles"]

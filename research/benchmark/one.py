@@ -1,7 +1,7 @@
 """One experiment, measured in a process of its own: so peak memory is its own, and a start is a start."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,16 +11,17 @@ import jax
 import numpy as np
 
 from research.architecture import Architecture
-from research.benchmark.flops import model_flops
+from research.benchmark.flops import integer_flops, model_flops
 from research.benchmark.profile import profile
 from research.config import Experiment
 from research.environment import peak_host_bytes, versions
-from research.mesh import make_mesh, prepare_devices
+from research.mesh import least_devices, make_mesh, prepare_devices
 from research.model.generate import generate_batch
 from research.model.unstacked import unstack_unrolled
 from research.plan.hardware import product_rate
 from research.plan.measure import RandomSteps
 from research.plan.program import Job
+from research.setup import Setup
 from research.train.state import encoded_weights, serving_weights
 
 _WARM_UP = 2
@@ -83,7 +84,7 @@ def measure_one(request: Request) -> dict[str, Any]:
             "compile_seconds": compile_seconds,
             "first_start_seconds": first_start,
         }
-        found["ceiling_share"] = found["model_flops_per_second"] / found["ceilings"][experiment.train.compute_dtype]
+        found["ceiling_share"] = _ceiling_share(job, steps.setup, found)
         if request.profile:
             found["operations"] = [asdict(one) for one in profile(steps, request.profile)]
         if request.generated:
@@ -92,11 +93,9 @@ def measure_one(request: Request) -> dict[str, Any]:
 
 
 def compare(requests: Sequence[Request]) -> list[list[float]]:
-    """Return the seconds of steps of several experiments, one list for each; they take turns, step by step.
-
-    All share one process, so their meshes need the same devices.
-    """
-    prepare_devices(requests[0].experiment.mesh)
+    """Return the seconds of steps of several experiments, one list for each; they take turns, step by step."""
+    # Each mesh takes the first of the devices.
+    prepare_devices(max((request.experiment.mesh for request in requests), key=least_devices))
     _keep_programs(requests[0].programs)
     runs = []
     for request in requests:
@@ -144,16 +143,19 @@ def _compile_times() -> Iterator[list[float]]:
 
 def _speed(job: Job, seconds: Sequence[float]) -> dict[str, Any]:
     low, median, high = np.percentile(seconds, [25, 50, 75])
-    flops = (
-        model_flops(job.architecture, rows=job.rows, length=job.length, predicted=job.answer_tokens)
-        * job.experiment.train.accumulate
-    )
     return {
         "step_seconds": median,
         "step_seconds_quartiles": [low, high],
         "tokens_per_second": job.tokens / median,
-        "model_flops_per_second": flops / median,
+        "model_flops_per_second": model_flops(job) / median,
     }
+
+
+def _ceiling_share(job: Job, setup: Setup, found: Mapping[str, Any]) -> float:
+    """Return the time of a step's products at the ceilings, each at that of what it multiplies, over a step's time."""
+    flops, integer, ceilings = model_flops(job), integer_flops(job, setup), found["ceilings"]
+    least = integer / ceilings["int8"] + (flops - integer) / ceilings[job.experiment.train.compute_dtype]
+    return least / found["step_seconds"]
 
 
 def _ceilings(compute_dtype: str, devices: int) -> dict[str, Any]:
