@@ -13,9 +13,9 @@ from research.config import Rule
 from research.errors import UserError, nearest
 from research.padding import Padding
 from research.quant.activations import group_size, statistic_of
-from research.quant.grid import GRIDS, SCALES, Grid, Shape, bytes_of
+from research.quant.grid import GRIDS, Grid, Shape, bytes_of
+from research.quant.rules import check, group_of
 
-ACTIVATIONS = ("none", "int8", "int8:group:32", "int8:static:ema", "int8:static:99.9")
 STACKED = "le"
 """Letters of axes that stack whole tensors, layers and experts: they never share a scale."""
 
@@ -74,7 +74,7 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
-            _check(rule)
+            check(rule)
 
     def rule(self, path: str) -> Rule | None:
         """Return the rule for the parameter at `path`, None if no rule matches."""
@@ -138,99 +138,6 @@ def shapes_by_path(params: Any) -> dict[str, Shape]:
     return {path: tuple(jnp.shape(leaf)) for path, leaf in leaves_by_path(params).items()}
 
 
-def _check(rule: Rule) -> None:
-    for name in (rule.weight, *(name for name, _ in rule.earlier_grids)):
-        if name not in GRIDS:
-            field = "weight" if name == rule.weight else "earlier"
-            raise UserError(f"quantization rule {rule.match!r}: {field}={name!r} is no grid{nearest(name, GRIDS)}")
-        if rule.earlier and GRIDS[name].code_dtype != "int8":
-            raise UserError(
-                f"quantization rule {rule.match!r}: earlier={rule.earlier!r} leads from int8 codes to int8 codes, and"
-                f" {name} has none; take int8, int4, int3, int2, ternary or q4_0"
-            )
-    group, statistic = group_size(rule.activation), statistic_of(rule.activation)
-    if rule.activation not in ACTIVATIONS and not group and not statistic:
-        raise UserError(
-            f"quantization rule {rule.match!r}: activation={rule.activation!r} is no grid of activations"
-            + nearest(rule.activation, ACTIVATIONS)
-        )
-    if statistic not in ("", "ema") and not 0 < float(statistic) <= 100:
-        raise UserError(
-            f"quantization rule {rule.match!r}: activation={rule.activation!r}; give a percentile above 0, up to 100"
-        )
-    if statistic and (GRIDS[rule.weight].is_identity or rule.end_step):
-        reason = f"end_step={rule.end_step}" if rule.end_step else f"weight={rule.weight!r}"
-        raise UserError(
-            f"quantization rule {rule.match!r}: activation={rule.activation!r} keeps its scale with the weight's codes,"
-            f" and {reason} has none; take a grid from the start, or activation='int8'"
-        )
-    if rule.scale and rule.scale not in SCALES:
-        raise UserError(
-            f"quantization rule {rule.match!r}: scale={rule.scale!r} is no kind of scale{nearest(rule.scale, SCALES)}"
-        )
-    if not re.fullmatch(r"tensor|channel|group:[1-9]\d*", rule.granularity):
-        raise UserError(
-            f"quantization rule {rule.match!r}: granularity={rule.granularity!r}; give tensor, channel or group:32"
-        )
-    weight_group = _group(rule.granularity) if rule.granularity.startswith("group:") else 0
-    if group and weight_group and group != weight_group:
-        raise UserError(
-            f"quantization rule {rule.match!r}: activation={rule.activation!r} with granularity={rule.granularity!r};"
-            " give both groups one size, or granularity='channel'"
-        )
-    affine = [name for name in (rule.weight, *(name for name, _ in rule.earlier_grids)) if GRIDS[name].is_affine]
-    if affine and (rule.earlier or not weight_group):
-        raise UserError(
-            f"quantization rule {rule.match!r}: {affine[0]} with granularity={rule.granularity!r},"
-            f" earlier={rule.earlier!r}; it wants granularity='group:32', as padding would not stay zero otherwise, and"
-            " no other grid before or after it"
-        )
-    calibration = GRIDS[rule.weight].calibration
-    if rule.learn_scale and calibration not in ("absmax", "absmean"):
-        raise UserError(
-            f"quantization rule {rule.match!r}: learn_scale=True, but {rule.weight} has no scale that is positive and"
-            " free; take int8, int4, int3, int2 or ternary"
-        )
-    if (rule.recalibrate_every, rule.hysteresis) != (1, 0) and (rule.learn_scale or calibration == "cast"):
-        reason = "learn_scale=True trains the scale" if rule.learn_scale else f"{rule.weight} has no scale"
-        raise UserError(
-            f"quantization rule {rule.match!r}: recalibrate_every={rule.recalibrate_every},"
-            f" hysteresis={rule.hysteresis} would have no effect: {reason}; leave them out"
-        )
-    if rule.latent != "float32" and GRIDS[rule.weight].is_identity:
-        raise UserError(
-            f"quantization rule {rule.match!r}: latent={rule.latent!r} would have no effect: fp32 has no latents; leave"
-            " it out"
-        )
-    integers = GRIDS[rule.weight].code_dtype == "int8" and rule.activation != "none" and not group
-    if rule.backward == "int8" and (not integers or rule.granularity != "channel" or rule.end_step):
-        raise UserError(
-            f"quantization rule {rule.match!r}: backward='int8' with weight={rule.weight!r},"
-            f" granularity={rule.granularity!r}, activation={rule.activation!r}, end_step={rule.end_step}; it wants"
-            " integers from the start, with one scale for a channel and one for a token: weight='int8',"
-            " granularity='channel', activation='int8', end_step=0"
-        )
-    if rule.counts_oscillation and GRIDS[rule.weight].code_dtype != "int8":
-        raise UserError(
-            f"quantization rule {rule.match!r}: oscillation is counted between integer codes, and {rule.weight} has"
-            " none; leave track_oscillation and freeze_above out"
-        )
-    if rule.anneal == "parq" and rule.earlier:
-        raise UserError(
-            f"quantization rule {rule.match!r}: anneal='parq' leads to one grid, earlier={rule.earlier!r} over others;"
-            " leave one of them out"
-        )
-    if rule.anneal == "parq" and (calibration == "cast" or GRIDS[rule.weight].code_dtype != "int8"):
-        raise UserError(
-            f"quantization rule {rule.match!r}: anneal='parq' needs a grid of equal steps, {rule.weight} has none; take"
-            " anneal='relax'"
-        )
-    if bool(rule.axes) != bool(rule.contract):
-        raise UserError(
-            f"quantization rule {rule.match!r}: axes={rule.axes!r}, contract={rule.contract!r}; give both or neither"
-        )
-
-
 def _leaf(path: str, shape: Shape, rule: Rule, leaf: Leaf | None) -> Leaf | None:
     """Return what is known of the axes: from the rule for models that don't tell, otherwise from the model."""
     if not rule.axes or len(shape) < 2:
@@ -259,13 +166,9 @@ def _known(leaf: Leaf | None, path: str, shape: Shape) -> Leaf:
 def _elements(leaf: Leaf, granularity: str) -> int:
     """Return how many weights share a scale, padding not counted."""
     if granularity.startswith("group:"):
-        return _group(granularity)
+        return group_of(granularity)
     shared = leaf.contract if granularity == "channel" else set(leaf.axes) - set(STACKED)
     return prod(size for letter, size in zip(leaf.axes, leaf.logical, strict=True) if letter in shared)
-
-
-def _group(granularity: str) -> int:
-    return int(granularity.removeprefix("group:"))
 
 
 def _scale_shape(path: str, shape: Shape, leaf: Leaf, granularity: str) -> Shape:
@@ -273,7 +176,7 @@ def _scale_shape(path: str, shape: Shape, leaf: Leaf, granularity: str) -> Shape
         return tuple(size if letter in STACKED else 1 for letter, size in zip(leaf.axes, shape, strict=True))
     if granularity == "channel":
         return tuple(1 if letter in leaf.contract else size for letter, size in zip(leaf.axes, shape, strict=True))
-    group = _group(granularity)
+    group = group_of(granularity)
     innermost = _grouped_axis(path, shape, leaf, group, f"granularity={granularity!r}")
     return tuple(size // group if axis == innermost else size for axis, size in enumerate(shape))
 
