@@ -54,13 +54,15 @@ EXPORT = ("export.py", "--checkpoint", "runs/blocks", "--format")
 GENERATE = ("generate.py", "--checkpoint", "runs/blocks", "--prompt", "so", "--max-tokens", "6")
 SAMPLED = ("--temperature", "0.8", "--seed", "3")
 COMPARE = ("compare.py", "--config", "tiny.py")
+SENSITIVITY = ("--sensitivity", "--budget", "0.04")
 TRAINED = "arms/int3,qat"
 
 
 def commands(name: str, mesh: tuple[str, ...]) -> list[tuple[str, ...]]:
     """What one process does, and two; `mesh` is that of generation, by default the run's."""
     exports = [(*EXPORT, *what, "--output", f"{name}/{file}") for file, what in EXPORTS.items()]
-    return [*exports, (*GENERATE, *SAMPLED, *mesh), (*COMPARE, f"--config.run={name}")]
+    compare = (*COMPARE, f"--config.run={name}")
+    return [*exports, (*GENERATE, *SAMPLED, *mesh), (*compare, *SENSITIVITY), compare]
 
 
 RESUMED = (*COMPARE, "--config.run=two", "--resume")
@@ -137,6 +139,17 @@ def test_a_comparison_is_that_of_one_process(found: Found) -> None:
             wanted = pytest.approx(arm[figure]["value"], rel=1e-5, abs=1e-6)
             assert two["arms"][name][figure]["value"] == wanted, (name, figure)
     assert (found.folder / "runs/two/comparison.png").stat().st_size > 10_000
+
+
+def test_sensitivity_is_that_of_one_process(found: Found) -> None:
+    files = [found.folder / f"runs/{run}-sensitivity/sensitivity.json" for run in ("one", "two")]
+    one, two = (json.loads(file.read_text()) for file in files)
+    assert len(one["options"]) == len(two["options"]) > 10 and len(one["layers"]) == 2
+    for wanted, option in zip(one["options"] + one["layers"], two["options"] + two["layers"], strict=True):
+        divergence, other = (each.get("divergence", each)["value"] for each in (wanted, option))
+        assert other == pytest.approx(divergence, rel=1e-4, abs=1e-6)  # of float logits, whose sums are as above
+    proposals = [[(o["path"], o["rule"], o["bytes"]) for o in each["proposal"]["options"]] for each in (one, two)]
+    assert proposals[0] == proposals[1] and any(rule for _, rule, _ in proposals[0])
 
 
 def test_a_comparison_is_resumed(found: Found) -> None:
