@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 
 from research.axes import AxisRules
-from research.model.parameters import HEAD, ROUTER, parameter_table
+from research.model.parameters import ROUTER, head_of, parameter_table
 from research.plan.program import Job
 from research.setup import Setup
 
@@ -40,9 +40,9 @@ def _of_products(job: Job) -> Mapping[str, float]:
     """Return the operations of the forward products of a step by the weight's path."""
     experts = job.architecture.experts
     active = experts.chosen / experts.experts if experts else 1.0
-    head = "embed/table_vd" if job.architecture.tied_head else HEAD
-    flops = {}
-    for path, parameter in parameter_table(job.architecture, AxisRules(), {}).items():
+    table = parameter_table(job.architecture, AxisRules(), {})
+    head, flops = head_of(table), {}
+    for path, parameter in table.items():
         if parameter.contract and (path == head or not path.endswith("table_vd")):
             share = active if "e" in parameter.axes and path != ROUTER else 1.0
             tokens = job.answer_tokens if path == head else job.length

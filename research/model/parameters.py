@@ -78,6 +78,11 @@ def table_of(architecture: Architecture) -> Mapping[str, tuple[str, str]]:
     return {path: (axes, contract) for path, (axes, contract) in TABLE.items() if has(path, axes)}
 
 
+def head_of(table: Mapping[str, object]) -> str:
+    """Return the path of the parameter that makes the logits, of a model with the parameters in `table`."""
+    return HEAD if HEAD in table else "embed/table_vd"
+
+
 @dataclass(frozen=True)
 class HeadPlan:
     """How the attention heads are laid out over `tensor` ways.

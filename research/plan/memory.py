@@ -16,9 +16,9 @@ from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from research.model.attention import BLOCK
-from research.model.parameters import Parameter, parameter_table
+from research.model.parameters import Parameter, head_of, parameter_table
 from research.plan.mixtures import bytes_at_work, mixture
-from research.plan.products import STREAM, chunk, head_of, in_layers, layout_of, products, weight_parts
+from research.plan.products import STREAM, chunk, in_layers, layout_of, products, weight_parts
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
@@ -140,7 +140,7 @@ def _forward_and_backward(job: Job, step: AbstractStep) -> int:
     saved, of_layer = saved_bytes(job, step)
     anew = _computed_anew(job, step) - of_layer if job.experiment.train.rematerialize != "none" else 0
     of_layers = [path for path, p in table.items() if "l" in p.axes]
-    of_head = _gradient_bytes(step, [head_of(step)], whole=True)
+    of_head = _gradient_bytes(step, [head_of(step.setup.table)], whole=True)
     of_piece = of_layer * layers if layout.mesh["stage"] > 1 else 0
     whole = _gradient_bytes(step, of_layers, whole=True) // layers
     mix = mixture(job, step)
@@ -232,7 +232,7 @@ def _head_bytes(job: Job, step: AbstractStep) -> int:
 
     Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it.
     """
-    head = head_of(step)
+    head = head_of(step.setup.table)
     positions = chunk(job)
     shape = (job.rows, positions, step.setup.table[head].shape[0])
     logits = 4 * prod(NamedSharding(step.mesh, step.setup.settings.spec("bav", shape[1])).shard_shape(shape))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from research.axes import AxisRules, MeshAxes
-from research.model.parameters import HEAD, Parameter
+from research.model.parameters import Parameter, head_of
 from research.model.pipeline import count_pieces
 from research.plan.program import AbstractStep, Job
 from research.quant.activations import group_size
@@ -172,7 +172,7 @@ def chunks(job: Job) -> int:
 
 def products(job: Job, step: AbstractStep) -> Iterator[Product]:
     """Yield every product with a weight but those of experts; the head's is the last."""
-    head = head_of(step)
+    head = head_of(step.setup.table)
     outside, inside = layout_of(job, step), in_layers(layout_of(job, step))
     for path, parameter in step.setup.table.items():
         if is_of_experts(parameter) or not parameter.contract or (path.startswith("embed/") and path != head):
@@ -181,11 +181,6 @@ def products(job: Job, step: AbstractStep) -> Iterator[Product]:
             yield _product(job, step, path, inside, "bt", inside.passes)
         else:
             yield _product(job, step, path, outside, "ba", chunks(job))
-
-
-def head_of(step: AbstractStep) -> str:
-    """Return the path of the table that gives the logits."""
-    return HEAD if HEAD in step.setup.table else "embed/table_vd"
 
 
 def expert_products(job: Job, step: AbstractStep) -> Iterator[Product]:

@@ -165,8 +165,8 @@ def _known(leaf: Leaf | None, path: str, shape: Shape) -> Leaf:
 
 def _elements(leaf: Leaf, granularity: str) -> int:
     """Return how many weights share a scale, padding not counted."""
-    if granularity.startswith("group:"):
-        return group_of(granularity)
+    if group := group_of(granularity):
+        return group
     shared = leaf.contract if granularity == "channel" else set(leaf.axes) - set(STACKED)
     return prod(size for letter, size in zip(leaf.axes, leaf.logical, strict=True) if letter in shared)
 

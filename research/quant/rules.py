@@ -33,8 +33,13 @@ def group_of(granularity: str) -> int:
     return int(granularity.removeprefix("group:")) if granularity.startswith("group:") else 0
 
 
+def _grids(rule: Rule) -> tuple[str, ...]:
+    """Return the names of all grids that a tensor is on, the last first."""
+    return (rule.weight, *(name for name, _ in rule.earlier_grids))
+
+
 def _about_grids(rule: Rule) -> Iterator[str]:
-    for name in (rule.weight, *(name for name, _ in rule.earlier_grids)):
+    for name in _grids(rule):
         if name not in GRIDS:
             field = "weight" if name == rule.weight else "earlier"
             yield f"{field}={name!r} is no grid{nearest(name, GRIDS)}"
@@ -75,7 +80,7 @@ def _about_groups(rule: Rule) -> Iterator[str]:
             f"activation={rule.activation!r} with granularity={rule.granularity!r}; give both groups one size, or"
             " granularity='channel'"
         )
-    affine = [name for name in (rule.weight, *(name for name, _ in rule.earlier_grids)) if GRIDS[name].is_affine]
+    affine = [name for name in _grids(rule) if GRIDS[name].is_affine]
     if affine and (rule.earlier or not of_weight):
         yield (
             f"{affine[0]} with granularity={rule.granularity!r}, earlier={rule.earlier!r}; it wants"
