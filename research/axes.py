@@ -26,8 +26,11 @@ PARAM: Mapping[str, MeshAxes] = {
     "f": "tensor",
     "v": "tensor",
 }
-ROWS = ("replica", "data", "fsdp", "expert", "stage")
-"""Mesh axes over which the rows of a batch are split, but in the layers: there the stages share them."""
+ROWS = ("replica", "data", "expert", "fsdp", "stage")
+"""Mesh axes over which the rows of a batch are split, but in the layers: there the stages share them.
+
+The devices of fsdp, which look up each other's rows, have neighbours: theirs together are one piece.
+"""
 ACTIVATION: Mapping[str, MeshAxes] = {
     "b": ROWS,
     "t": "context",
@@ -79,7 +82,7 @@ class AxisRules:
         return _spec(letters, self.caches)
 
     def look_up(self, letters: str) -> PartitionSpec:
-        """Return the sharding spec of vectors of tokens where they are looked up, "btd", or of their tokens, "bt"."""
+        """Return the sharding spec of vectors of tokens where they are looked up, "btd"."""
         return _spec(letters, self.looked_up)
 
     def with_params(self, **changes: MeshAxes) -> "AxisRules":

@@ -141,7 +141,7 @@ def on_ring(given: Problem, rounding: How, **axes: int) -> tuple[list[np.ndarray
         return jax.device_put(x[:, order_t], NamedSharding(mesh, spec))
 
     arrays = [put(x, QUERIES) for x in given[:4]]
-    segments = jax.tree.map(lambda x: put(x, PartitionSpec(None, "context")), given.sight.queries)
+    segments = jax.tree.map(lambda x: put(x, PartitionSpec(None, None)), given.sight.queries)
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
@@ -164,8 +164,8 @@ def test_keys_that_travel_around_a_ring_are_all_met(axes: dict[str, int], grid: 
         np.testing.assert_allclose(one, other, **EXACT)
     assert "all-gather" not in program
     sent = set(re.findall(r"(\w+)\[[\d,]*\][^=\n]* collective-permute\(", program))
-    # Segments are s32. Forward and backward keys and values travel as codes and scales; their gradients are float32.
-    assert sent == ({"s8", "f16", "s32", "f32"} if grid else {"f32", "s32"}), program
+    # Forward and backward keys and values travel as codes and scales; their gradients are float32. Segments stay.
+    assert sent == ({"s8", "f16", "f32"} if grid else {"f32"}), program
 
 
 def test_devices_of_a_ring_share_the_work_evenly() -> None:

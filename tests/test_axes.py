@@ -15,7 +15,7 @@ def test_specs_of_parameters_and_activations() -> None:
     assert rules.param("ldnh") == P("stage", "fsdp", "tensor", None)
     assert rules.param("vd") == P("tensor", "fsdp")
     assert rules.param("lfd") == P("stage", "tensor", "fsdp")
-    in_layers = ("replica", "data", "fsdp", "expert")
+    in_layers = ("replica", "data", "expert", "fsdp")
     rows = (*in_layers, "stage")
     assert rules.activation("btd") == P(rows, "context", None)  # d is split in weights, not in activations
     assert rules.activation("btnh") == P(rows, "context", "tensor", None)

@@ -1,6 +1,7 @@
 """What a step sends, told from the config alone, is what its compiled programs hold: entry by entry, byte by byte."""
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import tiny_training as tiny
 from tiny_plans import EIGHT_LAYERS, TWO_LAYERS, compiled
 
 from research.config import Rule
+from research.mesh import AXES
 from research.plan.collectives import least, predicted
 from research.plan.hlo import Collective
 from research.plan.memory import shapes_on
@@ -60,8 +62,10 @@ MESHES = (
     {"data": 8},
     {"fsdp": 8},
     {"tensor": 8},
+    {"context": 8},
     {"data": 2, "fsdp": 4},
     {"data": 2, "tensor": 4},
+    {"context": 4, "tensor": 2},
     {"replica": 2, "data": 2, "fsdp": 2},
 )
 
@@ -77,6 +81,57 @@ def test_predicted_is_compiled_for_every_format(name: str) -> None:
 @pytest.mark.parametrize("name", ("float", "w8a8"))
 def test_predicted_is_compiled_on_every_mesh(name: str, mesh: dict[str, int]) -> None:
     plan = compiled(CASES[name], **mesh)
+    assert not told(plan) and not plan.unpredicted
+
+
+def together(count: int, *, of: tuple[str, ...] = AXES) -> list[dict[str, int]]:
+    """Return the meshes on which so many axes have two devices each."""
+    return [dict.fromkeys(axes, 2) for axes in combinations(of, count)]
+
+
+DENSE_AXES = tuple(axis for axis in AXES if axis != "expert")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [*together(2, of=DENSE_AXES), *together(3, of=DENSE_AXES)], ids=str)
+def test_predicted_is_compiled_on_axes_together(mesh: dict[str, int]) -> None:
+    planned = tiny_plans.job(replace(TWO_LAYERS, layers=4), W8A8, length=16, accumulate=2)
+    plan = compiled(planned, **mesh)
+    assert not told(plan) and not plan.unpredicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [*together(2), *together(3)], ids=str)
+def test_predicted_is_compiled_for_experts_on_axes_together(mesh: dict[str, int]) -> None:
+    planned = tiny_plans.job(replace(tiny_plans.MIXTURE, layers=4), FLOAT, length=16, accumulate=2)
+    plan = compiled(planned, **mesh)
+    assert not told(plan) and not plan.unpredicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "train"),
+    [
+        ({"context": 2}, {"answer_tokens": 7}),  # slots that the axis doesn't divide
+        ({"context": 4}, {"answer_tokens": 15, "loss_chunk": 32}),
+        ({"context": 2}, {"rematerialize": "full"}),  # a ring of one step
+        ({"context": 4}, {"rematerialize": "full"}),
+        ({"context": 2, "stage": 2}, {"rematerialize": "full"}),
+        ({"data": 2, "stage": 4}, {}),  # a layer a stage
+        ({"fsdp": 2, "stage": 4}, {}),
+    ],
+    ids=str,
+)
+def test_predicted_is_compiled_at_the_edges(mesh: dict[str, int], train: dict[str, Any]) -> None:
+    planned = tiny_plans.job(replace(TWO_LAYERS, layers=4), W8A8, **{"length": 16, "accumulate": 2} | train)
+    assert not told(compiled(planned, **mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rest", ({}, {"data": 2}, {"fsdp": 2}, {"context": 2}), ids=str)
+def test_predicted_is_compiled_for_heads_that_devices_share(rest: dict[str, int]) -> None:
+    planned = tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2, layers=2), W8A8, length=16, accumulate=2)
+    plan = compiled(planned, tensor=4, **rest)
     assert not told(plan) and not plan.unpredicted
 
 
@@ -101,7 +156,7 @@ def test_predicted_is_compiled_through_stages(mesh: dict[str, int], rows: int) -
         *(
             pytest.param(rules, mesh, marks=pytest.mark.slow)
             for rules in (FLOAT, W8A8)
-            for mesh in ({"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"expert": 4}, {"expert": 2, "data": 2})
+            for mesh in ({"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"expert": 4}, {"expert": 2, "data": 2}, {"stage": 2})
         ),
     ],
     ids=str,
@@ -112,7 +167,17 @@ def test_predicted_is_compiled_for_experts(rules: tuple[Rule, ...], mesh: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ({"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4}), ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    (
+        {"data": 8},
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "tensor": 4},
+        {"replica": 2, "data": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ),
+    ids=str,
+)
 def test_predicted_is_compiled_under_zero(mesh: dict[str, int]) -> None:
     plan = compiled(tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), **mesh)
     assert not told(plan) and not plan.unpredicted
@@ -122,11 +187,8 @@ def test_predicted_is_compiled_under_zero(mesh: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("planned", "mesh", "what"),
     (
-        (tiny_plans.job(EIGHT_LAYERS, W8A8), {"context": 8}, "what mesh axis context sends of token ids"),
         (tiny_plans.job(EIGHT_LAYERS, W8A8, distill=0.5), {"fsdp": 8}, "the teacher's forward pass"),
-        (tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2), W8A8), {"tensor": 8}, "gradients of kv heads"),
-        (tiny_plans.job(EIGHT_LAYERS, W8A8, zero=True), {"replica": 2, "data": 4}, "embedding's look-up"),
-        (tiny_plans.job(tiny_plans.MIXTURE, W8A8), {"fsdp": 2, "tensor": 2}, "the gradients of routers"),
+        (tiny_plans.job(replace(EIGHT_LAYERS, kv_heads=2), W8A8), {"tensor": 4, "stage": 2}, "kv heads that devices"),
     ),
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -96,7 +96,7 @@ def test_rows_of_a_batch_are_split_over_all_axes_of_rows() -> None:
     placed = put_batch(rows, mesh)
     for host, array in zip(rows, placed, strict=True):
         np.testing.assert_array_equal(host, array)
-        assert array.sharding.spec == PartitionSpec(("replica", "data", "fsdp", "expert", "stage"))
+        assert array.sharding.spec == PartitionSpec(("replica", "data", "expert", "fsdp", "stage"))
         assert array.addressable_shards[0].data.shape == (2, *host.shape[1:])
 
 

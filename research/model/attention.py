@@ -4,7 +4,8 @@ Each block of queries meets one block of keys after the other, and keeps the gre
 and the weighted sum of the values (online softmax: Milakov & Gimelshein 2018; Rabe & Staats 2021). Blocks in which no
 query sees a key are skipped. The backward pass computes the scores anew (Dao et al. 2022, algorithm 4), so a layer
 keeps its inputs, its output and one number a query. Where the mesh splits the keys they travel around the ring of its
-devices, as the cache holds them: int8 codes and scales if it is int8 (ring attention, Liu et al. 2023).
+devices, as the cache holds them: int8 codes and scales if it is int8 (ring attention, Liu et al. 2023). Segments stay:
+each device has those of all positions.
 
 That is how it goes on CPUs, for caches, and wherever a platform's own kernel can't say which keys are seen or doesn't
 take the shapes; where it can, `attend` leaves the work to it (`attention_kernels.py`).
@@ -123,9 +124,9 @@ class How:
 
     @property
     def specs(self) -> tuple[PartitionSpec, ...]:
-        """The shardings of queries, keys, values and of the segments of queries and of keys."""
-        tokens, key_tokens = PartitionSpec(*self.queries[:2]), PartitionSpec(*self.keys[:2])
-        return self.queries, self.keys, self.keys, tokens, key_tokens
+        """The shardings of queries, keys, values and of the segments of all queries and of all keys."""
+        tokens = PartitionSpec(self.queries[0], None)
+        return self.queries, self.keys, self.keys, tokens, tokens
 
     @property
     def norms(self) -> PartitionSpec:
@@ -141,8 +142,9 @@ def attend(
     Scores and sums are float32; a query that sees no key gets zeros, and so does padding where a kernel is used. Keys
     and values are rounded to `how.grid`, whose gradient passes unchanged.
     """
-    # Here, so that gradients go back to where their inputs came from.
+    # Here, so that gradients go back to where their inputs came from, and no device gathers segments that it has.
     q_btnh, k_bskh, v_bskh = place(q_btnh, how.queries), place(k_bskh, how.keys), place(v_bskh, how.keys)
+    queries, keys = jax.tree.map(lambda part_bt: place(part_bt, how.specs[-1]), (queries, keys))
     _, t, _, h = q_btnh.shape
     if how.kernel and how.kernel.takes(t, v_bskh.dtype, h, how.texts, how.ring is not None):
         return _attend_by_kernel(how, how.kernel, q_btnh, k_bskh, v_bskh, queries)
@@ -230,7 +232,7 @@ class _Sums(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys and values, [b, s, k, h], and their segments, [b, s]: what travels around the ring."""
+    """Keys and values, [b, s, k, h], and their segments, [b, s]."""
 
     keys: Kept
     values: Kept
@@ -260,14 +262,16 @@ def _outcome(
     shape = (len(blocks.q_btkgh), b, k, n // k, blocks.q_btkgh.shape[2])
     nothing = _Sums(jnp.full(shape, _LEAST), jnp.zeros(shape), jnp.zeros((*shape, h)))
 
-    def meet(sums: _Sums, chunk: _Keys) -> tuple[_Sums, _Keys]:
+    def meet(sums: _Sums, chunk: Any, segments: Segments) -> tuple[_Sums, Any]:
+        met = _Keys(chunk[0], chunk[1], segments)
+
         def queries_meet(block: tuple[_Sums, _Queries]) -> _Sums:
             sums, queries = block
-            return jax.lax.scan(lambda sums, keys: (_add(sums, queries, keys), None), sums, chunk)[0]
+            return jax.lax.scan(lambda sums, keys: (_add(sums, queries, keys), None), sums, met)[0]
 
         return jax.lax.map(queries_meet, (sums, blocks)), chunk
 
-    sums, _ = _around(how.ring, meet, nothing, _cut_keys(how, keys, values, key_segments))
+    sums, _ = _around(how, meet, nothing, _cut(how, (keys, values), 0), key_segments)
     weight = jnp.where(sums.weight_bkgt == 0, 1.0, sums.weight_bkgt)
     norm_btkg = jnp.moveaxis(sums.greatest_bkgt + jnp.log(weight), -1, 2)
     out_btkgh = jnp.moveaxis(sums.value_bkgth / weight[..., None], -2, 2)
@@ -307,14 +311,16 @@ def _gradients(
     gradient_btnh: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return dL/dq, dL/dk and dL/dv. The latter two travel with keys and values, and come home at the end."""
-    (b, t, n, h), s, k = q_btnh.shape, key_segments.branch_bt.shape[1], _kv_heads(keys)
+    (b, t, n, h), (s, k) = q_btnh.shape, jax.tree.leaves(keys)[0].shape[1:3]
     blocks = _cut_queries(how, q_btnh, queries, k)
     mean_btn = (out_btnh.astype(jnp.float32) * gradient_btnh.astype(jnp.float32)).sum(axis=-1)
     backward = _Backward(*(_cut(how, _grouped(x, k), 0) for x in (gradient_btnh, norm_btn, mean_btn)))
-    chunk = _cut_keys(how, keys, values, key_segments)
-    nothing = jnp.zeros((*jax.tree.leaves(chunk.keys)[0].shape[:-1], h))
+    chunk = _cut(how, (keys, values), 0)
+    nothing = jnp.zeros((*jax.tree.leaves(chunk)[0].shape[:-1], h))
 
-    def meet(dq: jax.Array, travelling: tuple[_Keys, Any]) -> tuple[jax.Array, tuple[_Keys, Any]]:
+    def meet(dq: jax.Array, travelling: tuple[Any, Any], segments: Segments) -> tuple[jax.Array, tuple[Any, Any]]:
+        chunk, dkv = travelling
+
         def keys_meet(dq: jax.Array, block: tuple[_Keys, Any]) -> tuple[jax.Array, Any]:
             keys, dkv = block
 
@@ -326,11 +332,11 @@ def _gradients(
             dkv, dq = jax.lax.scan(queries_meet, dkv, (dq, blocks, backward))
             return dq, dkv
 
-        dq, dkv = jax.lax.scan(keys_meet, dq, travelling)
-        return dq, (travelling[0], dkv)
+        dq, dkv = jax.lax.scan(keys_meet, dq, (_Keys(chunk[0], chunk[1], segments), dkv))
+        return dq, (chunk, dkv)
 
     start = jnp.zeros(blocks.q_btkgh.shape), (chunk, (nothing, nothing))
-    dq, (_, dkv) = _around(how.ring, meet, *start)
+    dq, (_, dkv) = _around(how, meet, *start, key_segments)
     dk, dv = dkv if how.ring is None else _pass_on(how.ring, dkv)
     dq_btnh = _joined(dq, t).reshape(b, t, n, h)
     return dq_btnh.astype(q_btnh.dtype), _joined(dk, s).astype(_dtype(keys)), _joined(dv, s).astype(_dtype(values))
@@ -374,17 +380,23 @@ def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _around(ring: str | None, meet: Callable[[Any, Any], Any], carry: Any, chunk: Any) -> tuple[Any, Any]:
-    """Return what `meet(carry, chunk) → (carry, chunk)` makes of this device's chunk and then of all others'."""
-    carry, chunk = meet(carry, chunk)
+def _around(
+    how: How, meet: Callable[[Any, Any, Segments], Any], carry: Any, chunk: Any, segments: Segments
+) -> tuple[Any, Any]:
+    """Return what `meet(carry, chunk, its segments) → (carry, chunk)` makes of this device's chunk and of all others'.
+
+    `segments`: of all keys, [b, s]; they are cut as the chunks are.
+    """
+    ring = how.ring
+    met = meet(carry, chunk, _cut_segments(how, segments))
     if ring is None:
-        return carry, chunk
+        return met
 
-    def one(state: tuple[Any, Any], _: None) -> tuple[Any, None]:
+    def one(state: tuple[Any, Any], passed: jax.Array) -> tuple[Any, None]:
         carry, chunk = state
-        return meet(carry, _pass_on(ring, chunk)), None
+        return meet(carry, _pass_on(ring, chunk), _cut_segments(how, segments, passed)), None
 
-    return jax.lax.scan(one, (carry, chunk), length=ways_of(ring) - 1)[0]
+    return jax.lax.scan(one, met, jnp.arange(1, ways_of(ring)))[0]
 
 
 def _pass_on(ring: str, chunk: Any) -> Any:
@@ -394,11 +406,20 @@ def _pass_on(ring: str, chunk: Any) -> Any:
 
 
 def _cut_queries(how: How, q_btnh: jax.Array, segments: Segments, kv_heads: int) -> _Queries:
-    return _Queries(_cut(how, _grouped(q_btnh, kv_heads), 0), _cut(how, segments, -1))
+    return _Queries(_cut(how, _grouped(q_btnh, kv_heads), 0), _cut_segments(how, segments))
 
 
-def _cut_keys(how: How, keys: Kept, values: Kept, segments: Segments) -> _Keys:
-    return _Keys(_cut(how, keys, 0), _cut(how, values, 0), _cut(how, segments, -1))
+def _cut_segments(how: How, segments: Segments, passed: jax.Array | int = 0) -> Segments:
+    """Return in blocks, out of the segments of all tokens, those of the device so many before this one in the ring."""
+    if how.ring is None:
+        return _cut(how, segments, -1)
+    ways, here = ways_of(how.ring), jax.lax.axis_index(how.ring)
+
+    def part(x_bt: jax.Array) -> jax.Array:
+        size = x_bt.shape[1] // ways
+        return jax.lax.dynamic_slice_in_dim(x_bt, (here - passed) % ways * size, size, axis=1)
+
+    return _cut(how, jax.tree.map(part, segments), -1)
 
 
 def _cut(how: How, tree: Any, fill: int) -> Any:

@@ -191,6 +191,9 @@ mix.defvjp(_mix_fwd, _mix_bwd)
 def _on_devices(how: Mix, function: Callable, outputs: Any, x: Weight, routing: Routing, *parts: Any) -> Any:
     """Call a function with what a device uses: its tokens, and its experts' weights, gathered as codes and scales."""
     *weights, gradient = (*parts, None) if len(parts) == 3 else parts
+    # As one with what is differentiated: JAX computes ahead what it knows before the layers run, and keeps it: here the
+    # weights of all layers, gathered.
+    x, weights = jax.lax.optimization_barrier((x, weights))
     moved = [_used(w, where, how.dtype) for w, (_, where) in zip(weights, how.projections, strict=True)]
     specs = [_specs(w, where) for w, (_, where) in zip(moved, how.projections, strict=True)]
     run = per_device(partial(function, how), (how.tokens, how.tokens, *specs, how.tokens), outputs)

@@ -18,10 +18,12 @@ from research.model.attention import How, Sight, attend, attend_to_cache
 from research.model.attention_kernels import Kernel
 from research.model.experts import Mix, RouterSums, capacity, make_mix, mix, route
 from research.model.inputs import Input, prepare
+from research.model.look_up import Places, look_up
 from research.model.parameters import HeadPlan, Parameter
 from research.model.product import Route
 from research.model.seam import einsum
-from research.model.sharding import constrain, explicit, place, ways_of, whole
+from research.model.sharding import place, ways_of, whole
+from research.model.shared_heads import Copies, repeat_heads
 from research.quant.activations import statistic_of
 from research.quant.grid import Grid
 from research.quant.kv_cache import Kept, keep
@@ -79,13 +81,9 @@ class Settings:
         row, position, width = self.rules.residual("btd")
         return PartitionSpec(row, self.spec("bt", t)[1] if t % ways_of(position) else position, width)
 
-    def look_up(self, letters: str, t: int) -> PartitionSpec:
-        """Return the sharding of vectors "btd", or of their tokens "bt", where the embedding is looked up.
-
-        Said to the compiler in so many words, forward and thereby backward: left to itself it gathers the gradients of
-        all rows on every device of some meshes.
-        """
-        spec = self.rules.look_up(letters)
+    def look_up(self, t: int) -> PartitionSpec:
+        """Return the sharding of vectors [b, t, d] where the embedding is looked up."""
+        spec = self.rules.look_up("btd")
         return PartitionSpec(spec[0], self.spec("bt", t)[1], *spec[2:])
 
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
@@ -120,12 +118,14 @@ class Settings:
         def lies(letters: str) -> PartitionSpec:
             return self.residual(t) if letters == "btd" else self.spec(letters, t)
 
+        parameter = self.table[path]
         route = Route(
             x=lies(x_axes),
             x_used=self.spec(x_axes, t),
-            w=PartitionSpec(*self.table[path].spec[-len(w_axes) :]),  # inside a layer, without its `l`
+            w=PartitionSpec(*parameter.spec[-len(w_axes) :]),  # inside a layer, without its `l`
             w_used=self.spec(w_axes),
             y=lies(result),
+            is_repeated=parameter.leaf.is_router or (self.heads.copies > 1 and "k" in w_axes),
         )
         activation, kind = self.activations.get(path, "none"), jnp.dtype(dtype or self.compute_dtype)
         kernel = self.int8_kernel
@@ -180,8 +180,11 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         """Return the rows [b, t, d] of token ids [b, t]."""
         settings, t = self.settings, tokens_bt.shape[1]
-        spec, tokens_spec = settings.look_up("btd", t), settings.look_up("bt", t)
-        rows_btd = place(_rows(weight(self.table_vd), place(tokens_bt, tokens_spec), spec), spec)
+        lies, rules = settings.table[f"{self.path}/table_vd"].spec, settings.rules
+        places = Places(lies, rules.latent("vd"), settings.look_up(t))
+        # The rows first, then their positions, which each device has: as one the compiler exchanges both.
+        tokens_bt = place(tokens_bt, PartitionSpec(places.tokens[0], None))
+        rows_btd = look_up(places, weight(self.table_vd), tokens_bt)
         # Each stage looks up the rows that it shares with the others: the first needs them all.
         used = PartitionSpec(*settings.residual(t)[:1], *settings.spec("btd", t)[1:])
         return settings.scatter(place(rows_btd.astype(settings.compute_dtype), used))
@@ -192,23 +195,6 @@ class Embedding(nnx.Module):
         logits_bav = self.settings.product(f"{self.path}/table_vd", "bad,vd->bav", x_bad, self.table_vd)
         real_v = jnp.arange(logits_bav.shape[-1]) < self.settings.architecture.vocabulary
         return jnp.where(real_v[None, None, :], logits_bav.astype(jnp.float32), -jnp.inf)
-
-
-def _rows(table_vd: Weight, tokens_bt: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Look up rows; from codes where there is no value, so that the table never exists as floats."""
-
-    def take(x_vd: jax.Array) -> jax.Array:
-        shared = PartitionSpec(*spec[:2], None)  # a scale that all of a row share
-        return x_vd.at[tokens_bt].get(out_sharding=explicit(spec if x_vd.shape[1] > 1 else shared))
-
-    if isinstance(table_vd, Quantized) and table_vd.value is None:
-
-        def take_blocks(x_vd: jax.Array) -> jax.Array:
-            return take(x_vd) if x_vd.shape[0] > 1 else x_vd[None]
-
-        scale, offset = jax.tree.map(take_blocks, (table_vd.scale, table_vd.offset))
-        return Quantized(None, take(table_vd.codes), scale, table_vd.grid, table_vd.dtype, offset).dense()
-    return take(dense(table_vd))
 
 
 class Attention(nnx.Module):
@@ -263,10 +249,8 @@ class Attention(nnx.Module):
 
     def _repeat(self, x_bskh: jax.Array) -> jax.Array:
         """Return [b, s, k · copies, h], each kv head once for every device that needs it."""
-        copies, spec = self.settings.heads.copies, self.settings.spec("bsnh")
-        if copies == 1:
-            return x_bskh
-        return constrain(jnp.repeat(x_bskh, copies, axis=2, out_sharding=explicit(spec)), spec)
+        count, t, spec = self.settings.heads.copies, x_bskh.shape[1], self.settings.spec
+        return x_bskh if count == 1 else repeat_heads(Copies(count, spec("btkh", t), spec("btnh", t)), x_bskh)
 
 
 class Slot(NamedTuple):
@@ -369,7 +353,9 @@ class Block(nnx.Module):
         x_btd = x_btd + attended_btd
         if isinstance(self.mlp, MLP):
             return x_btd + self.mlp(self.mlp_norm(x_btd)), cache, None
-        mixed_btd, sums = self.mlp(self.mlp_norm(x_btd), sight.queries.branch_bt >= 0)
+        # Whole first: the compiler would split what attention needs whole, and gather it.
+        branch_bt = place(sight.queries.branch_bt, PartitionSpec(self.settings.spec("b")[0], None))
+        mixed_btd, sums = self.mlp(self.mlp_norm(x_btd), self.settings.constrain(branch_bt >= 0, "bt"))
         return x_btd + self.settings.scatter(mixed_btd), cache, sums
 
 

@@ -50,19 +50,24 @@ def through_stages(
     ways = ways_of(spec[0])
     pieces = count_pieces(len(x_btd) // ways, stages) if cache is None else 1
     cut = partial(_cut, ways=ways, pieces=pieces, spec=spec)
-    # Each stage has a place for the pieces that enter; only those of the first are read, and only it has them.
-    entering = jnp.pad(cut(x_btd), ((0, (stages - 1) * pieces), *[(0, 0)] * 3))
+    # Each stage has its copy of the pieces that enter, of which that of the first is read, and a place for those that
+    # leave, zeros but on the last: so sums bring rows to all stages, and gradients to where the rows came from.
+    entering = jnp.broadcast_to(cut(x_btd)[None], (stages, pieces, len(x_btd) // pieces, *x_btd.shape[1:]))
     split, whole = PartitionSpec(AXIS), PartitionSpec()
+    # All that goes with the rows is known on each device: whole, or the compiler exchanges it twice.
+    rows = jax.tree.map(lambda x: place(x, PartitionSpec(spec[0], *[None] * (x.ndim - 1))), rows)
     run = per_device(partial(_stage, layers, stages), (split, split, whole, split), (split, split, split), [AXIS])
     left, cache, sums = run(weights, entering, jax.tree.map(cut, rows), cache)
-    return _joined(left[-pieces:], ways, spec), cache, sums
+    left = jax.lax.reduce_sum(left, axes=(0,))  # in its own dtype
+    return _joined(left, ways, spec), cache, sums
 
 
 def _stage(
     layers: Layers, stages: int, weights: Any, entering: jax.Array, rows: Any, cache: Any
 ) -> tuple[jax.Array, Any, Any]:
-    """Run one stage; return the pieces that leave it, in order, and the cache and the sums of its layers."""
-    stage, pieces = jax.lax.axis_index(AXIS), len(entering)
+    """Run one stage; return the pieces that leave the last, in order, and the cache and the sums of its layers."""
+    stage, entering = jax.lax.axis_index(AXIS), entering[0]
+    pieces = len(entering)
 
     def tick(state: tuple[jax.Array, Any], now: jax.Array) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, Any]]:
         received, cache = state
@@ -76,7 +81,8 @@ def _stage(
 
     ticks = jnp.arange(pieces + stages - 1)
     (_, cache), (left, sums) = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), cache), ticks)
-    return left[stages - 1 :], cache, jax.tree.map(lambda x: x.sum(axis=0), sums)
+    left = jnp.where(stage == stages - 1, left[stages - 1 :], 0)
+    return left[None], cache, jax.tree.map(lambda x: x.sum(axis=0), sums)
 
 
 def _cut(x: jax.Array, ways: int, pieces: int, spec: PartitionSpec) -> jax.Array:

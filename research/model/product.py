@@ -17,6 +17,8 @@ class Route:
     """Where the factors of a product and its outcome lie on the mesh, and where the product wants its factors.
 
     What lies elsewhere is moved in the format that it is multiplied in: int8 activations as codes and scales, too.
+    `is_repeated`: whether the devices of tensor all make the same product. Then each is to have all of the weight's
+    gradient: the compiler would share it out among them, and swap the parts.
     """
 
     x: PartitionSpec
@@ -24,6 +26,7 @@ class Route:
     w: PartitionSpec
     w_used: PartitionSpec
     y: PartitionSpec
+    is_repeated: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def _gradients(product: Product, x: jax.Array, w: Weight, gradient: jax.Array) -
         gradient = place(gradient, product.spec)
     # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
     dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
-    dw = dw if route is None else place(dw, route.w)
+    if route is not None:
+        dw = place(place(dw, route.w_used) if route.is_repeated else dw, route.w)
     return dx, cotangent(w, None if isinstance(w, Quantized) and w.value is None else dw)
 
 

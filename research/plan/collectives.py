@@ -28,9 +28,6 @@ from research.plan.products import (
 from research.plan.program import AbstractStep, Job
 from research.quant.activations import group_size, statistic_of
 
-KNOWN_AXES = ("replica", "stage", "data", "fsdp", "expert", "tensor")
-"""Mesh axes whose traffic is predicted. Of `context` all is but token ids and answers."""
-
 _HEADS = {"layers/attention/q_norm/scale_h": "btn", "layers/attention/k_norm/scale_h": "btk"}
 """Norms of heads: axes of what they norm, but for h."""
 LOSS_REDUCTIONS = 3  # maximum, sum of exponentials and the target's logit
@@ -38,21 +35,12 @@ LOSS_REDUCTIONS = 3  # maximum, sum of exponentials and the target's logit
 
 def unpredicted(job: Job, step: AbstractStep) -> list[str]:
     """Return what of a step `predicted` doesn't know, in words: there the compiled program alone tells."""
-    mesh = {axis: size for axis, size in dict(step.mesh.shape).items() if size > 1}
-    train, copies = job.experiment.train, step.setup.settings.heads.copies
+    shares_heads, is_piped = step.setup.settings.heads.copies > 1, dict(step.mesh.shape)["stage"] > 1
     others = {
-        "the gradients of routers": job.architecture.experts is not None and len(mesh) > 1,
-        "the way of vectors from the look-up, over expert and fsdp": {"expert", "fsdp"} <= set(mesh),
-        "the teacher's forward pass": train.distill > 0,
-        "gradients of kv heads that devices of tensor share": copies > 1,
-        "the gradient of the embedding's look-up under train.zero": train.zero
-        and "data" in mesh
-        and ("replica" in mesh or len(mesh) > 2),
+        "the teacher's forward pass": job.experiment.train.distill > 0,
+        "the backward pass of kv heads that devices of tensor share, through stages": shares_heads and is_piped,
     }
-    unknown = {axis: f"what mesh axis {axis} sends" for axis in mesh if axis not in KNOWN_AXES}
-    if "context" in unknown:
-        unknown["context"] += " of token ids and answers" + (", through stages" if "stage" in mesh else "")
-    return [*unknown.values(), *(name for name, is_so in others.items() if is_so)]
+    return [name for name, is_so in others.items() if is_so]
 
 
 def predicted(job: Job, step: AbstractStep) -> list[Collective]:
@@ -61,6 +49,7 @@ def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     layout = layout_of(job, step)
     micro = [
         *_of_ring(job, step, in_layers(layout)),
+        *_of_shared_heads(job, step, in_layers(layout)),
         *_of_stages(job, layout),
         *_of_norms(job, step, layout),
         *_of_embedding(job, step, layout),
@@ -145,8 +134,11 @@ def _of_product(product: Product) -> Iterator[Collective]:
     layout, rules, times = product.layout, product.layout.rules, product.times
     # The weight is gathered in both passes. What a layer computes anew finds it gathered; that of the head, whose
     # passes are one, stands before the loop over its chunks.
-    for dtype, axes, elements in weight_parts(product):
-        yield sent("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * times)
+    if product.is_router:
+        yield from _of_router(product)
+    else:
+        for dtype, axes, elements in weight_parts(product):
+            yield sent("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * layout.gathers)
     # Nothing in a layer depends on what ends it, so that isn't computed anew.
     outputs = (2 if product.anew == "full" and product.parameter.contract != "f" else 1) * times
     partial = layout.split(product.parameter.contract, rules.activations)
@@ -162,7 +154,31 @@ def _of_product(product: Product) -> Iterator[Collective]:
         rows = (layout.split(letter, rules.activations) for letter in product.rows)
         yield sent("all-reduce", sum(rows, ()), "float32", product.used(product.kept), times)
     yield sent("all-reduce", partial, sums, product.used(product.x), times)
-    yield from _gradient("all-reduce", product)
+    yield from _repeated_gradient(product) if product.is_repeated else _gradient("all-reduce", product)
+
+
+def _of_router(product: Product) -> Iterator[Collective]:
+    """The weight of a router, gathered letter by letter."""
+    layout, rules = product.layout, product.layout.rules
+    kept = rules.params
+    for letter in reversed(product.letters):
+        axes, kept = layout.moved(letter, kept, rules.activations), {**kept, letter: rules.activations.get(letter)}
+        yield sent("all-gather", axes, product.stored, layout.elements(product.letters, kept), 2 * layout.gathers)
+
+
+def _repeated_gradient(product: Product) -> Iterator[Collective]:
+    """Sum the gradient of a weight whose product all devices of tensor make, whole.
+
+    In a pipeline the backward pass finds the stream by positions; where no context splits them, too, each device of
+    tensor has a part of the sum.
+    """
+    layout, rules, whole = product.layout, product.layout.rules, product.used(product.letters)
+    if layout.mesh["stage"] > 1 and layout.mesh["context"] == 1:
+        parts, table = [product.rows], rules.residuals
+    else:
+        parts, table = [*product.rows], rules.activations
+    for part in parts:
+        yield sent("all-reduce", layout.split(part, table), product.stored, whole, product.times)
 
 
 def _gradient(kind: str, product: Product) -> Iterator[Collective]:
@@ -170,42 +186,57 @@ def _gradient(kind: str, product: Product) -> Iterator[Collective]:
     layout, whole = product.layout, product.used(product.letters)
     dtype = "int32" if product.integer_backward else product.stored
     yield sent(kind, product.gathered, dtype, whole, product.times)
-    for letter in product.rows:
-        rest = tuple(a for a in layout.split(letter, layout.rules.activations) if a not in product.gathered)
+    # Of a shard in one sum, of what is whole in one for each letter.
+    letters = [product.rows] if product.gathered else product.rows
+    for part in letters:
+        rest = tuple(a for a in layout.split(part, layout.rules.activations) if a not in product.gathered)
         yield sent("all-reduce", rest, dtype, whole // layout.ways(product.gathered), product.times)
 
 
 def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
     """Keys and values of a device, which travel around all others in each pass, back with their float32 gradients."""
     train, grid, rules = job.experiment.train, step.setup.settings.kv_grid, layout.rules
-    ring, heads = layout.split("t", rules.activations), "n" if step.setup.settings.heads.copies > 1 else "k"
-    kept, steps = layout.elements(f"bt{heads}h", rules.activations), layout.passes * (layout.ways(ring) - 1)
-    passes = 3 if train.rematerialize != "none" else 2
+    ring, heads = layout.split("t", rules.activations), step.setup.settings.heads.groups // layout.mesh["tensor"]
+    of_heads, steps = layout.elements("bt", rules.activations) * heads, layout.passes * (layout.ways(ring) - 1)
+    kept = of_heads * layout.sizes["h"]
+    # What comes in one step of the ring is no loop: XLA sees that the backward pass asks for it once more.
+    passes = 3 if train.rematerialize != "none" and layout.ways(ring) > 2 else 2
     yield sent(
         "collective-permute", ring, train.compute_dtype if grid is None else grid.code_dtype, kept, 2 * passes * steps
     )
     if grid is not None:
-        scales = layout.elements(f"bt{heads}", rules.activations)
-        yield sent("collective-permute", ring, "float16", scales, 2 * passes * steps)
+        yield sent("collective-permute", ring, "float16", of_heads, 2 * passes * steps)
     yield sent("collective-permute", ring, "float32", kept, 2 * (steps + layout.passes))
+
+
+def _of_shared_heads(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
+    """Gradients of keys and values whose heads several devices have copies of."""
+    if step.setup.settings.heads.copies > 1:
+        shared = layout.elements("btkh", layout.rules.activations)
+        yield sent(
+            "all-reduce",
+            layout.split("n", layout.rules.activations),
+            job.experiment.train.compute_dtype,
+            shared,
+            2 * layout.passes,
+        )
 
 
 def _of_stages(job: Job, layout: Layout) -> Iterator[Collective]:
     """What passes between stages: the stream of a piece at each tick, and its gradient back; all rows at both ends.
 
-    The stages share the rows before and after the layers: the stream comes whole to the first and goes from the last,
-    and all stages get what belongs to the rows, their places, branches and documents.
+    All stages get the stream from the last, and its gradient from the first. They share the rows after the layers: the
+    gradient comes whole to the last. And all get what belongs to the rows, their places, branches and documents.
     """
     if layout.mesh["stage"] == 1:
         return
-    axis, stages, dtype = ("stage",), layout.mesh["stage"], job.experiment.train.compute_dtype
+    axis, dtype = ("stage",), job.experiment.train.compute_dtype
     rules, inner = layout.rules, in_layers(layout)
     yield sent("collective-permute", axis, dtype, inner.elements(STREAM, rules.residuals), 2 * inner.ticks)
     whole = layout.elements(STREAM, rules.residuals)
-    yield sent("all-gather", axis, dtype, whole, 3)
-    # Each stage's share comes from where it lies and goes back, past all others; between two XLA does so twice.
-    yield sent("collective-permute", axis, dtype, whole // stages, max(4, 2 * (stages - 1)))
-    yield sent("all-gather", axis, "int32", layout.elements("bt", {**rules.activations, "b": rules.residuals["b"]}), 3)
+    yield sent("all-reduce", axis, dtype, whole, 2)
+    yield sent("all-gather", axis, dtype, whole)
+    yield sent("all-gather", axis, "int32", layout.elements("b", rules.residuals) * layout.sizes["t"], 3)
 
 
 def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -219,8 +250,9 @@ def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collecti
             stream = {**rules.residuals, "b": rules.activations["b"]}
             summed, table = ("bt", stream) if letter == "d" else (_HEADS[path], rules.activations)
             gathered, width = layout.moved(letter, rules.params, rules.activations), layout.sizes[letter]
-            times = layout.passes if "l" in parameter.axes else 1
-            yield sent("all-gather", gathered, "float32", width, (3 if again and "l" in parameter.axes else 2) * times)
+            in_layer = "l" in parameter.axes
+            times, gathers = (layout.passes, layout.gathers) if in_layer else (1, 1)
+            yield sent("all-gather", gathered, "float32", width, (3 if again and in_layer else 2) * gathers)
             for over in summed:
                 yield sent("all-reduce", layout.split(over, table), "float32", width, times)
     yield _whole_stream(job, outside)
@@ -234,28 +266,36 @@ def _whole_stream(job: Job, layout: Layout) -> Collective:
 
 
 def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
-    """The look-up: each device has its part of `d` for the rows of all fsdp; words split over `v` are summed."""
+    """The look-up: each device has its part of `d` for the rows of all fsdp; words split over `v` are summed.
+
+    The gradient is summed over rows; under ZeRO a device has a smaller part of `d` of more rows.
+    """
     rules, train = layout.rules, job.experiment.train
     stored = "float32" if "embed/table_vd" not in step.setup.formats else train.param_dtype
     across, vectors = layout.moved("b", rules.activations, rules.looked_up), layout.elements(STREAM, rules.looked_up)
     exchanged = tuple(axis for axis in across if axis != "stage")  # the stages need them all
-    yield sent("all-gather", across, "int32", layout.elements("bt", rules.looked_up))
+    yield sent("all-gather", across, "int32", layout.elements("b", rules.looked_up) * layout.sizes["t"])
     yield sent("all-reduce", layout.split("v", rules.params), stored, vectors)
     yield sent("all-to-all", exchanged, train.compute_dtype, vectors, 2)
     yield _whole_stream(job, replace(layout, rules=in_layers(layout).rules))
-    # The gradient is summed over rows; under ZeRO a device gets its part of `d` of all rows instead.
     zero = layout.moved("d", rules.latents, rules.params)
     if zero:
         yield sent("all-gather", zero, "int32", layout.elements("bt", rules.looked_up) * layout.ways(zero))
         yield sent("all-to-all", zero, stored, vectors)
-    for letter in "bt":
-        rest = tuple(axis for axis in layout.split(letter, rules.looked_up) if axis not in zero)
-        yield sent("all-reduce", rest, stored, layout.elements("vd", rules.latents))
+    rest = tuple(axis for axis in layout.split("bt", rules.looked_up) if axis not in zero)
+    yield sent("all-reduce", rest, stored, layout.elements("vd", rules.latents))
 
 
 def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:
-    """The softmax over a split vocabulary, and two scalars: the loss and the number of tokens."""
-    rows = layout.split("b", layout.rules.activations)
+    """Hidden states of answers, the softmax over a split vocabulary, and two scalars: the loss and how many tokens.
+
+    Where positions are split a sum has those of all answers; the head has its share of them, if they divide.
+    """
+    rows, positions, answers = (layout.split(letter, layout.rules.activations) for letter in "bta")
+    compute, of_slot = job.experiment.train.compute_dtype, layout.elements("bd", layout.rules.activations)
+    yield sent("all-reduce", positions, compute, of_slot * job.answer_tokens)
+    yield sent("all-gather", answers, compute, of_slot * layout.sizes["a"] * chunks(job))
+    yield sent("all-reduce", answers, "float32", 1)
     of_chunk = layout.elements("ba", layout.rules.activations)
     vocabulary = layout.split("v", layout.rules.activations)
     yield sent("all-reduce", vocabulary, "float32", of_chunk, LOSS_REDUCTIONS * chunks(job))

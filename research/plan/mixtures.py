@@ -13,6 +13,8 @@ from research.plan.products import STREAM, Layout, Product, expert_products, wei
 from research.plan.program import AbstractStep, Job
 from research.quant.grid import bytes_of
 
+_MEANS = ("balance", "z", "dropped")  # over layers, of routers
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -128,13 +130,17 @@ def least_sends(mix: Mixture) -> Iterator[Collective]:
 def sends(mix: Mixture) -> Iterator[Collective]:
     """Yield what one micro-batch's experts send, but for their input."""
     times, compute = mix.gate.times, mix.gate.compute
-    tokens = mix.layout.split("bt", mix.layout.rules.activations)
+    rules, is_piped = mix.layout.rules, mix.layout.mesh["stage"] > 1
+    tokens = mix.layout.split("bt", rules.activations)
     elsewhere = tuple(axis for axis in tokens if axis not in mix.axes)
     # What the router's losses are made of: choices, probabilities, squares, and how many tokens there are.
     experts = mix.layout.sizes["e"]
-    for dtype, elements, often in (("int32", experts, times), ("float32", experts, times), ("float32", 1, times)):
-        yield sent("all-reduce", tokens, dtype, elements, often)
-    yield sent("all-reduce", tokens, "int32", 1, 1)
+    for letter in "bt":
+        axes = mix.layout.split(letter, rules.activations)
+        for dtype, elements in (("int32", experts), ("float32", experts), ("float32", 1)):
+            yield sent("all-reduce", axes, dtype, elements, times)
+        yield sent("all-reduce", axes, "int32", 1, 2 * mix.layout.ticks if is_piped else 1)
+    yield sent("all-reduce", ("stage",) if is_piped else (), "float32", 1, len(_MEANS))
     for product in mix.projections:
         for dtype, axes, elements in weight_parts(product):
             yield sent("all-gather", axes, dtype, elements, 2 * times)
@@ -151,7 +157,6 @@ def sends(mix: Mixture) -> Iterator[Collective]:
     yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.width, 2 * times)
     yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.chosen, times)
     # The gradient of the outcome comes from where the residual stream lies.
-    rules = mix.layout.rules
     moved = mix.layout.moved(STREAM, rules.residuals, rules.activations)
     yield sent("all-gather", moved, compute, mix.tokens * mix.width, times)
     # Where an inner layer is split: the scale of its rounding, and the sums of products, forward and anew.

@@ -32,6 +32,11 @@ class Layout:
         """How many layers a device works on in a micro-batch, each as often as a piece comes, or none."""
         return self.sizes["l"] // self.mesh["stage"] * self.ticks
 
+    @property
+    def gathers(self) -> int:
+        """How often a pass gathers a layer's weights: of one layer alone XLA sees that all pieces need the same."""
+        return 1 if self.sizes["l"] == self.mesh["stage"] else self.passes
+
     def split(self, letters: str, table: Table) -> tuple[str, ...]:
         """Return the mesh axes of more than one device that split any of the letters, in the order of the mesh."""
         entries = [table.get(letter) or () for letter in letters]
@@ -100,6 +105,16 @@ class Product:
         return "a" in self.rows
 
     @property
+    def is_router(self) -> bool:
+        """Whether this is a router's, whose weight is split in two axes, and used whole."""
+        return self.parameter.leaf.is_router
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether all devices of tensor make the same product, as in `Route`."""
+        return self.is_router or ("k" in self.letters and self.layout.rules.activations["k"] is None)
+
+    @property
     def letters(self) -> str:
         """Axes of the weight inside a layer."""
         return self.parameter.axes.replace("l", "")
@@ -130,7 +145,7 @@ class Product:
 
 
 def layout_of(job: Job, step: AbstractStep) -> Layout:
-    """Return the sizes and tables of a step; positions that don't divide are whole in the residual stream, too."""
+    """Return the sizes and tables of a step; positions that don't divide are whole, in the residual stream, too."""
     sizes = {
         letter: size
         for parameter in step.setup.table.values()
@@ -141,6 +156,8 @@ def layout_of(job: Job, step: AbstractStep) -> Layout:
     rules = settings.rules
     if settings.heads.copies > 1:  # kv heads are whole on every device
         rules = replace(rules.with_params(k=None), activations={**rules.activations, "k": None})
+    if settings.spec("ba", chunk(job))[1] is None:
+        rules = replace(rules, activations={**rules.activations, "a": None})
     if settings.residual(job.length)[1] == settings.spec(STREAM, job.length)[1]:
         rules = replace(rules, residuals={**rules.residuals, "t": rules.activations["t"]})
     return Layout(sizes, mesh, rules)

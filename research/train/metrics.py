@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from research.axes import ROWS
 from research.model.attention import mutual
 from research.model.experts import RouterSums, balance_loss, z_loss
-from research.model.sharding import whole
+from research.model.sharding import place, whole
 from research.setup import segments_of
 from research.tasks.batches import Batch
 from research.train.chunks import sum_in_chunks
@@ -56,8 +57,10 @@ def _answer_states(model: Any, batch: Batch, texts: int = 0) -> tuple[jax.Array,
     """Return the hidden states from which the answer tokens are predicted, [b, a, d], and the sums of the routers."""
     tokens_bt, position_bt = jnp.asarray(batch.tokens_bt), jnp.asarray(batch.position_bt)
     hidden_btd, _, router = model.run(tokens_bt, position_bt, mutual(segments_of(batch), texts))
-    hidden_btd = whole(hidden_btd, ROWS)
-    return jnp.take_along_axis(hidden_btd, jnp.asarray(batch.source_ba)[:, :, None], axis=1), router
+    # Said of both ends, thereby of their gradients: each device picks out of its positions, and a sum has all answers.
+    hidden_btd, source_ba = whole(hidden_btd, ROWS), place(jnp.asarray(batch.source_ba), PartitionSpec(ROWS, None))
+    states_bad = jnp.take_along_axis(hidden_btd, source_ba[:, :, None], axis=1)
+    return place(states_bad, PartitionSpec(ROWS, None, None)), router
 
 
 def _head(model: Any) -> tuple[nnx.GraphDef, Any]:
