@@ -2,7 +2,7 @@
 
 Command:  python scripts/plan.py --config configs/llama3_8b_int8_v5p64.py --topology v5p:4x4x4
 Hardware: none: the slice is compiled for, with libtpu (requirements-tpu.txt)
-Result:   3.85 of 95.7 GiB on each chip (4.10 from shapes alone); 0.44 s a step and 295,404 tokens/s predicted,
+Result:   3.85 of 95.7 GiB on each chip (3.80 from shapes alone); 0.44 s a step and 295,404 tokens/s predicted,
           bound by matrix products; compiled in 22 s on two shared cores, then from the cache
 """
 

@@ -107,6 +107,18 @@ def test_a_llama_on_a_tpu_attends_by_splash() -> None:
 
 
 @pytest.mark.topology
+@pytest.mark.parametrize(
+    ("config", "topology"), (("llama3_8b_int8_v5e16", "v5e:4x4"), ("llama3_8b_int8_v5p64", "v5p:4x4x4"))
+)
+def test_a_large_model_takes_what_was_estimated(config: str, topology: str) -> None:
+    """Within 5 %. What stays is exact, but for what a TPU pads."""
+    experiment = load_experiment(ROOT / "configs" / f"{config}.py")
+    plan = planned_on(topology, Job(experiment, ARCHITECTURES["llama-3-8b"]), **sizes(experiment.mesh))
+    assert plan.memory.resident - plan.memory.other == plan.estimated.resident - plan.estimated.other
+    assert plan.estimated.peak == pytest.approx(plan.memory.peak, rel=0.05)
+
+
+@pytest.mark.topology
 def test_experts_on_a_tpu_take_what_was_estimated(bfloat16: Job) -> None:
     """Two layers of Mixtral, the peak within an eighth: one layer's work is half of it there, as in no real model."""
     mixtral = replace(ARCHITECTURES["mixtral-8x7b"], layers=2)

@@ -52,7 +52,8 @@ def through_stages(
     cut = partial(_cut, ways=ways, pieces=pieces, spec=spec)
     # Each stage has its copy of the pieces that enter, of which that of the first is read, and a place for those that
     # leave, zeros but on the last: so sums bring rows to all stages, and gradients to where the rows came from.
-    entering = jnp.broadcast_to(cut(x_btd)[None], (stages, pieces, len(x_btd) // pieces, *x_btd.shape[1:]))
+    entering = cut(x_btd)
+    entering = jnp.broadcast_to(entering[None], (stages, *entering.shape))
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     # All that goes with the rows is known on each device: whole, or the compiler exchanges it twice.
     rows = jax.tree.map(lambda x: place(x, PartitionSpec(spec[0], *[None] * (x.ndim - 1))), rows)
@@ -81,28 +82,29 @@ def _stage(
 
     ticks = jnp.arange(pieces + stages - 1)
     (_, cache), (left, sums) = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), cache), ticks)
-    left = jnp.where(stage == stages - 1, left[stages - 1 :], 0)
+    # A product: JAX would keep the zeros of a choice. What other stages have is real pieces, on their way.
+    left = left[stages - 1 :] * (stage == stages - 1).astype(left.dtype)
     return left[None], cache, jax.tree.map(lambda x: x.sum(axis=0), sums)
 
 
 def _cut(x: jax.Array, ways: int, pieces: int, spec: PartitionSpec) -> jax.Array:
     """Return [b, …] as [piece, b of a piece, …]: of each device's rows a share, so that none moves between devices."""
-    b, *rest = x.shape
+    b = len(x)
     x = _with_rows(x, spec)
-    x = _reshaped(x, (ways, pieces, b // ways // pieces, *rest), (spec[0], None, None), 1).swapaxes(0, 1)
-    return _reshaped(x, (pieces, b // pieces, *rest), (None, spec[0]), 3)
+    x = _reshaped(x, (ways, pieces, b // ways // pieces), (spec[0], None, None), 1).swapaxes(0, 1)
+    return _reshaped(x, (pieces, b // pieces), (None, spec[0]), 3)
 
 
 def _joined(x: jax.Array, ways: int, spec: PartitionSpec) -> jax.Array:
     """Return pieces as rows. Inverse of `_cut`."""
-    pieces, rows, *rest = x.shape
-    x = _reshaped(x, (pieces, ways, rows // ways, *rest), (None, spec[0], None), 2).swapaxes(0, 1)
-    return _with_rows(_reshaped(x, (pieces * rows, *rest), (spec[0],), 3), spec)
+    pieces, rows = x.shape[:2]
+    x = _reshaped(x, (pieces, ways, rows // ways), (None, spec[0], None), 2).swapaxes(0, 1)
+    return _with_rows(_reshaped(x, (pieces * rows,), (spec[0],), 3), spec)
 
 
 def _reshaped(x: jax.Array, shape: tuple[int, ...], entries: tuple[MeshAxes, ...], instead_of: int) -> jax.Array:
     """Return `x` with other first axes, split as `entries` say, instead of its first `instead_of`."""
-    return reshape(x, shape, PartitionSpec(*entries, *_entries(x)[instead_of:]))
+    return reshape(x, (*shape, *x.shape[instead_of:]), PartitionSpec(*entries, *_entries(x)[instead_of:]))
 
 
 def _with_rows(x: jax.Array, spec: PartitionSpec) -> jax.Array:

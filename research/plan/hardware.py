@@ -16,6 +16,7 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.plan.cards import CARDS
+from research.plan.compiler import CPU, GPU, TPU, Compiler
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class Hardware:
     """Bytes a second that one device sends while it receives as many."""
     source: str
     utilisation: float = 0.68
-    update_trees: int = 2
-    """Float32 trees that a compiled update holds at once beside the state: two on CPUs, fused into one elsewhere."""
+    compiler: Compiler = CPU
     memory_note: str = ""
     """What `memory_bytes` is a part of, in words."""
     host_devices: int = 0
@@ -76,7 +76,7 @@ def _gpu(name: str, multiplies: Mapping[str, float], nvlink_gbps: float, network
         card.memory_bandwidth,
         link,
         source,
-        update_trees=1,
+        compiler=GPU,
         host_devices=_HOST,
         network_bandwidth=network,
     )
@@ -87,7 +87,7 @@ def _tpu(name: str, bfloat16: float, int8: float, gib: float, memory_gbps: float
     rates = {"float32": bfloat16 * _T / 6, "bfloat16": bfloat16 * _T, "int8": int8 * _T}
     # The inter-chip figure counts both directions of all links together.
     links = ici_gbit * 1e9 / 8 / 2
-    return Hardware(name, rates, int(gib * 2**30), memory_gbps * 1e9, links, _GOOGLE, update_trees=1)
+    return Hardware(name, rates, int(gib * 2**30), memory_gbps * 1e9, links, _GOOGLE, compiler=TPU)
 
 
 HARDWARE = {

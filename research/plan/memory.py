@@ -17,8 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from research.model.attention import BLOCK
 from research.model.parameters import Parameter, head_of, parameter_table
+from research.plan.compiler import CPU, Compiler
 from research.plan.mixtures import bytes_at_work, mixture
-from research.plan.products import STREAM, chunk, in_layers, layout_of, products, weight_parts
+from research.plan.products import STREAM, chunk, in_layers, is_of_experts, layout_of, products, weight_parts
 from research.plan.program import AbstractStep, Compiled, Job, abstract_step
 from research.quant.grid import bytes_of
 from research.quant.state import find
@@ -76,11 +77,11 @@ def shapes_on(job: Job, sizes: Mapping[str, int]) -> AbstractStep:
         return abstract_step(job, mesh)
 
 
-def estimate_step(job: Job, step: AbstractStep, update_trees: int = 2) -> Memory:
-    """Return the bytes of a step that `shapes_on` made; `update_trees`: as in `Hardware`."""
+def estimate_step(job: Job, step: AbstractStep, compiler: Compiler = CPU) -> Memory:
+    """Return the bytes of a step that `shapes_on` made, as `compiler` would arrange it."""
     with jax.sharding.use_abstract_mesh(step.mesh):
-        forward = _forward_and_backward(job, step)
-    update = _update(job, step, update_trees)
+        forward = _forward_and_backward(job, step, compiler)
+    update = _update(job, step, compiler.update_trees)
     return replace(resident(step), activations=max(forward, update), busiest="add" if forward >= update else "update")
 
 
@@ -126,32 +127,41 @@ def _bytes_of(tree: Any) -> int:
     return sum(map(local_bytes, jax.tree.leaves(tree)))
 
 
-def _forward_and_backward(job: Job, step: AbstractStep) -> int:
+def _forward_and_backward(job: Job, step: AbstractStep, compiler: Compiler) -> int:
     """Return the bytes that a micro-batch takes besides what stays, at its fullest moment.
 
     Everything saved is there when the backward pass begins. Then either the head is worked on, or a layer: half of
-    what it saved is at work at a time, all that it computes anew, and what its products gather; its gradient is there
-    whole where it is kept split, and the gradients of the layers gather. The gradient of the head, made with the loss,
-    is among what is saved; the look-up's, another table, comes last. A stage takes what it saved of a
-    piece out of what it saved of all.
+    what it saved is at work at a time, of what it computes anew what its compiler keeps, and what its products gather;
+    its gradient is there whole where it is kept split, and the gradients of the layers gather. The gradient of the
+    head, made with the loss, is among what is saved, or has become shards; the look-up's, another table, comes last. A
+    stage takes what it saved of a piece out of what it saved of all.
     """
     table, layout = step.setup.table, layout_of(job, step)
     layers = layout.sizes["l"] // layout.mesh["stage"]
     saved, of_layer = saved_bytes(job, step)
     anew = _computed_anew(job, step) - of_layer if job.experiment.train.rematerialize != "none" else 0
-    of_layers = [path for path, p in table.items() if "l" in p.axes]
-    of_head = _gradient_bytes(step, [head_of(step.setup.table)], whole=True)
+    of_layers = [path for path, p in table.items() if "l" in p.axes and not is_of_experts(p)]
+    of_head = 0 if compiler.head_fused else _gradient_bytes(step, [head_of(step.setup.table)], whole=True)
     of_piece = of_layer * layers if layout.mesh["stage"] > 1 else 0
     whole = _gradient_bytes(step, of_layers, whole=True) // layers
     mix = mixture(job, step)
     of_experts = bytes_at_work(mix) if mix else 0
-    at_work = of_layer // 2 + anew + whole + of_piece + of_experts + _gathered(job, step)
-    # Beside the sums that they are added to. Where there is nothing to add to they become the sums, at the end.
-    gradients = sum(
-        bytes_of(prod(p.shape) // prod(p.latent_shards), _gradient_dtype(step, path)) for path, p in table.items()
-    )
-    gradients = gradients if step.given else 0
-    return saved + max(gradients + of_head + at_work, _head_bytes(job, step))
+    at_work = of_layer // 2 + int(compiler.anew * anew) + whole + of_piece + of_experts + _gathered(job, step)
+    return saved + max(_waiting_bytes(step, compiler) + of_head + at_work, _head_bytes(job, step, compiler))
+
+
+def _waiting_bytes(step: AbstractStep, compiler: Compiler) -> int:
+    """Return the bytes of all gradients beside the sums that they are added to.
+
+    Where there is nothing to add to they become the sums, at the end.
+    """
+    total = 0
+    for path, parameter in step.setup.table.items():
+        elements, dtype = prod(parameter.shape) // prod(parameter.latent_shards), _gradient_dtype(step, path)
+        waits = compiler.sums_wait and dtype != "float32"
+        total += bytes_of(elements, dtype) if step.given or waits else 0
+        total += 4 * elements if step.given and waits else 0
+    return total
 
 
 def _gathered(job: Job, step: AbstractStep) -> int:
@@ -227,16 +237,20 @@ def _local_size(parameter: Parameter, *, whole: bool) -> int:
     return prod(size if whole and letter == "d" else size // ways for letter, size, ways in sizes)
 
 
-def _head_bytes(job: Job, step: AbstractStep) -> int:
+def _head_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
     """Return the bytes at work in the loss: logits of a chunk, shifted, exponentiated, and what their gradient needs.
 
-    Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it.
+    Where the head is split over `d` it is gathered; its gradient is there whole, twice where chunks add to it and not
+    in place.
     """
-    head = head_of(step.setup.table)
+    head, product = head_of(step.setup.table), next(p for p in products(job, step) if p.is_head)
     positions = chunk(job)
     shape = (job.rows, positions, step.setup.table[head].shape[0])
     logits = 4 * prod(NamedSharding(step.mesh, step.setup.settings.spec("bav", shape[1])).shard_shape(shape))
     gradient = _gradient_bytes(step, [head], whole=True)
+    if compiler.head_fused:
+        gathered = sum(bytes_of(elements, dtype) for dtype, axes, elements in weight_parts(product) if axes)
+        return 3 * logits + gathered + gradient
     gathered = gradient if gradient > _gradient_bytes(step, [head]) else 0
     return 3 * logits + gathered + gradient * (1 if positions == job.answer_tokens else 2)
 

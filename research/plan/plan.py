@@ -134,7 +134,7 @@ def estimate_plan(job: Job, mesh: Mapping[str, int], hardware: Hardware) -> Plan
     """Plan a mesh from shapes alone, in a second; raises `UserError` where the mesh can't be."""
     require_batch_fits(job.experiment.train, (job.length,), abstract_mesh(mesh))
     shapes = shapes_on(job, mesh)
-    memory, sends = estimate_step(job, shapes, hardware.update_trees), predicted(job, shapes)
+    memory, sends = estimate_step(job, shapes, hardware.compiler), predicted(job, shapes)
     return Plan(
         mesh=dict(mesh),
         hardware=hardware,
