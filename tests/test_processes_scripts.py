@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_training as tiny
-from commands import FOUNDATION, ROOT, Done, finish, start
+from commands import ROOT, Done, finish, start
 from jobs import figures, joining, said
 from joined import printed
-from tiny_corpus import CORPUS, write_documents
+from tiny_corpus import THREE_STEPS, write_documents
 from tiny_runs import save
 
 from research.config import Rule
@@ -26,24 +26,6 @@ RULES = (
     Rule(match="layers/mlp/gate_df", weight="bf16"),
     Rule(match=".*", weight="int8"),
 )
-CONFIG = f"""
-from research.comparison import Comparison, CorpusConfig, Scheme
-from research.config import MeshConfig, OptimizerConfig, Rule, TrainConfig
-
-def get_config():
-    return Comparison(
-        foundation={FOUNDATION!r},
-        corpus={CORPUS},
-        schemes=(Scheme(name="int3", quantization=(Rule(match="layers/.*", weight="int3"),)),),
-        treatments=("qat",),
-        control=False,
-        mesh=MeshConfig(fsdp=2, tensor=2),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
-        train=TrainConfig(steps=3, batch_size=4, accumulate=1),
-        score_batch=4,
-        bootstrap_samples=50,
-    )
-"""
 EXPORTS = {
     "safetensors": ("safetensors",),
     "q.gguf": ("gguf", "--type", "F32"),
@@ -91,7 +73,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     run = tiny.start(RULES, architecture=tiny.OF_BLOCKS, **MESH)
     save(folder / "runs/blocks/checkpoints", run.state, MESH, RULES, tiny.OF_BLOCKS)
     write_documents(folder, 40)
-    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "tiny.py").write_text(THREE_STEPS)
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
         here.setenv("JAX_NUM_CPU_DEVICES", "8")  # they are there already
