@@ -23,7 +23,7 @@ from research.formats.gguf_file import open_gguf
 from research.formats.model_source import leaf_shapes
 from research.formats.safetensors_file import read_tensor
 from research.train.export import stored_leaves
-from research.train.interchange import write_gguf, write_huggingface
+from research.train.interchange import write_compressed_tensors, write_gguf, write_huggingface
 from research.train.state import encoded_weights
 
 Leaves = Mapping[str, native.Leaf]
@@ -248,3 +248,29 @@ def test_an_exported_file_is_of_the_type_that_it_says(tmp_path: Path, leaves: Le
     for type, number in {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}.items():
         write_gguf(tmp_path / f"{type}.gguf", leaves, *MODEL, type)
         assert open_gguf(tmp_path / f"{type}.gguf").metadata["general.file_type"] == number
+
+
+class Counted(dict[str, native.Leaf]):
+    """Leaves that count how often they are asked for: between processes each time is a transfer."""
+
+    def __init__(self, leaves: Leaves):
+        super().__init__(leaves)
+        self.asked: list[str] = []
+
+    def __getitem__(self, path: str) -> native.Leaf:
+        self.asked.append(path)
+        return super().__getitem__(path)
+
+
+def test_leaves_are_asked_for_as_rarely_as_can_be(tmp_path: Path, leaves: Leaves) -> None:
+    """Once where what is written doesn't depend on them all; twice where their kind decides how a file is laid out."""
+    most: dict[str, int] = {}
+    for name, write in {
+        "gguf": lambda leaves: write_gguf(tmp_path / "x.gguf", leaves, *MODEL, "Q8_0"),
+        "huggingface": lambda leaves: write_huggingface(tmp_path / "hf", leaves, *MODEL, "float32", METADATA),
+        "w8a16": lambda leaves: write_compressed_tensors(tmp_path / "ct", leaves, *MODEL, "w8a16", METADATA),
+    }.items():
+        counted = Counted(leaves)
+        write(counted)
+        most[name] = max(counted.asked.count(path) for path in leaves)
+    assert most == {"gguf": 2, "huggingface": 1, "w8a16": 2}

@@ -11,7 +11,7 @@ integer codes is float32, and so are the tables (docs/decisions/0008-compressed-
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import gcd, prod
 from pathlib import Path
@@ -63,6 +63,11 @@ class _Tensor:
     spec: TensorSpec
 
     @property
+    def needs_weight(self) -> bool:
+        """Whether it is made of the leaf's codes or floats, and not of scales and shapes alone."""
+        return self.part in ("weight", "weight_packed")
+
+    @property
     def holds_floats(self) -> bool:
         """Whether it is a weight without codes."""
         return self.part == "weight" and self.spec.dtype == "F32"
@@ -80,7 +85,7 @@ def write(
 
     Args:
         directory: must not exist, or be empty.
-        leaves: all that `architecture` has, of the logical, stacked shapes; asked for one at a time, more than once.
+        leaves: all that `architecture` has, of the logical, stacked shapes; asked for one at a time, twice.
         type: one of `TYPES`.
         metadata: goes into the header of model.safetensors, text → text.
 
@@ -94,12 +99,14 @@ def write(
     scheme, shapes, names = TYPES[type], leaf_shapes(architecture), names_of(architecture)
     groups: dict[str, int] = {}
     has_static: dict[str, bool] = {}
+    scales: dict[str, native.StoredLeaf] = {}
     for path in shapes:
         leaf, name = leaves[path], names[path]
         if name.inputs and isinstance(leaf, native.StoredLeaf) and leaf.codes.dtype == np.int8:
             _check_fit(path, name, leaf, type)
             groups[path] = _inputs_per_scale(name, leaf)
             has_static[path] = scheme.rounds_activations and leaf.input_scale is not None
+            scales[path] = _without_codes(leaf)
         del leaf  # or it would stay in memory while the next one is read
     if not groups:
         raise UserError(f"no matrix of this model has integer codes for {type}; --format huggingface holds its floats")
@@ -114,9 +121,14 @@ def write(
     with new_directory(directory) as partial:
         write_config(partial, architecture, tokenizer, "float32", quantization)
         tokenizer.save(partial)
-        arrays = _arrays(tensors.values(), leaves, scheme, group)
+        arrays = _arrays(tensors.values(), leaves, scales, scheme, group)
         write_tensors(partial / WEIGHTS, specs, arrays, {**metadata, "format": "pt"})
     return frozenset(groups)
+
+
+def _without_codes(leaf: native.StoredLeaf) -> native.StoredLeaf:
+    """The scales of a leaf, beside codes of its shape that take no memory."""
+    return replace(leaf, codes=np.broadcast_to(np.int8(0), leaf.codes.shape))
 
 
 def _check_fit(path: str, name: Name, leaf: native.StoredLeaf, type: str) -> None:
@@ -205,12 +217,19 @@ def _parts(matrix: tuple[int, ...], scheme: Scheme, group: int | None, static: b
 
 
 def _arrays(
-    tensors: Iterable[_Tensor], leaves: Mapping[str, native.Leaf], scheme: Scheme, group: int | None
+    tensors: Iterable[_Tensor],
+    leaves: Mapping[str, native.Leaf],
+    scales: Mapping[str, native.StoredLeaf],
+    scheme: Scheme,
+    group: int | None,
 ) -> Iterator[np.ndarray]:
-    """The values of the tensors; one leaf in memory at a time."""
+    """The values of the tensors; the codes of one leaf in memory at a time."""
     for path, of_leaf in groupby(tensors, key=lambda tensor: tensor.path):
-        leaf = leaves[path]
+        weight: native.Leaf | None = None
         for tensor in of_leaf:
+            if tensor.needs_weight and weight is None:
+                weight = leaves[path]
+            leaf = weight if tensor.needs_weight and weight is not None else scales[path]
             yield _array(tensor, _at(leaf, tensor.index), scheme, group)
 
 

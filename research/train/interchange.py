@@ -5,7 +5,8 @@ they are the decoded weights, float32(code) · float32(scale): 8 + 11 bits, whic
 round.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ HUGGINGFACE_TYPES = ("float32", "bfloat16")
 COMPRESSED_TYPES = tuple(compressed_tensors.TYPES)
 
 
+@dataclass(frozen=True, eq=False)
+class _Watched(Mapping[str, native.Leaf]):
+    """Stored leaves, and which of those that were asked for multiply an activation with a static scale."""
+
+    leaves: Mapping[str, native.Leaf]
+    static: set[str] = field(default_factory=set)
+
+    def __getitem__(self, path: str) -> native.Leaf:
+        leaf = self.leaves[path]
+        if isinstance(leaf, native.StoredLeaf) and leaf.input_scale is not None:
+            self.static.add(path)
+        return leaf
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+
 def write_gguf(
     path: Path, leaves: Mapping[str, native.Leaf], architecture: Architecture, tokenizer: Tokenizer, type: str
 ) -> tuple[str, ...]:
@@ -30,13 +51,14 @@ def write_gguf(
         raise UserError(f"{path}: a GGUF file's name ends in .gguf; write --output {path.name}.gguf")
     if path.exists():
         raise UserError(f"{path} exists already and is not overwritten; give another name or move it away")
+    leaves = _Watched(leaves)
     written = gguf.write(path, architecture, tokenizer, leaves.__getitem__, tuple(leaves), type)
     held: dict[str, list[str]] = {}
     for leaf, entry in written.items():
         held.setdefault(entry.type, []).append(leaf)
     types = " · ".join(f"{name}: {_list(paths)}" for name, paths in held.items())
     rounded = [leaf for leaf, entry in written.items() if not entry.is_exact]
-    return types, describe_rounding(type, rounded, leaves, remedy="F32"), *_left_out(_with_static_inputs(leaves))
+    return types, describe_rounding(type, rounded, leaves, remedy="F32"), *_left_out(leaves.static)
 
 
 def write_huggingface(
@@ -52,10 +74,11 @@ def write_huggingface(
     `metadata`: a checkpoint's; foundation, task and step go into the file's header. Raises `UserError` as
     `huggingface.write` does.
     """
+    leaves = _Watched(leaves)
     rounded = huggingface.write(
         directory, architecture, tokenizer, leaves, lambda path: native.decode(leaves[path]), type, _header(metadata)
     )
-    return (describe_rounding(type, rounded, leaves, remedy="float32"), *_left_out(_with_static_inputs(leaves)))
+    return (describe_rounding(type, rounded, leaves, remedy="float32"), *_left_out(leaves.static))
 
 
 def write_compressed_tensors(
@@ -70,12 +93,11 @@ def write_compressed_tensors(
 
     `metadata`: as for `write_huggingface`. Raises `UserError` as `compressed_tensors.write` does.
     """
-    header = _header(metadata)
+    leaves, header = _Watched(leaves), _header(metadata)
     held = sorted(compressed_tensors.write(directory, architecture, tokenizer, leaves, type, header))
     floats = [path for path in leaves if path not in held]
     rounds = compressed_tensors.TYPES[type].rounds_activations
-    given = _with_static_inputs(leaves)
-    static = [path for path in given if path in held and rounds]
+    static = leaves.static.intersection(held) if rounds else set()
     per = "the static scales of the run" if static else "a scale per token"
     inputs = f"engines round what they multiply to int8, {per}" if rounds else "engines decode them"
     of_experts = rounds and architecture.experts is not None
@@ -83,18 +105,14 @@ def write_compressed_tensors(
         f"codes and scales of the run, bit for bit: {_list(held)}; {inputs}",
         f"float32, exactly decoded: {_list(floats)}; engines round nothing that they multiply",
         *(("vLLM reads experts in w8a8, transformers doesn't; it reads w8a16 and w4a16",) if of_experts else ()),
-        *_left_out([path for path in given if path not in static]),
+        *_left_out(leaves.static - static),
     )
 
 
-def _with_static_inputs(leaves: Mapping[str, native.Leaf]) -> list[str]:
-    """Return the paths of the leaves that multiply an activation with a static scale."""
-    return [path for path in leaves if getattr(leaves[path], "input_scale", None) is not None]
-
-
-def _left_out(static: list[str]) -> tuple[str, ...]:
+def _left_out(static: Iterable[str]) -> tuple[str, ...]:
     """Return a line about leaves with static scales of activations that a file has no place for, if there are such."""
-    return (f"not in it: static scales of activations, of {_list(static)}",) if static else ()
+    paths = sorted(static)
+    return (f"not in it: static scales of activations, of {_list(paths)}",) if paths else ()
 
 
 def _header(metadata: Mapping[str, Any]) -> dict[str, str]:
