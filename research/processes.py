@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from research.errors import Lost, UserError
 
@@ -245,7 +248,7 @@ _NOTHING_MORE = -1
 def host_array(array: jax.Array) -> np.ndarray:
     """Return all of an array, wherever its shards are, on the host of every process; all have to ask.
 
-    It comes in pieces along its first axis, as every device holds all of what is gathered at a time.
+    It comes in pieces along its first axis, as every device holds all of what is gathered at a time, and no more.
     """
     if array.is_fully_addressable:
         return np.asarray(array)
@@ -254,6 +257,46 @@ def host_array(array: jax.Array) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     found = np.empty(array.shape, array.dtype)
     for start in range(0, array.shape[0], rows):
-        piece = jax.lax.dynamic_slice_in_dim(array, start, min(rows, array.shape[0] - start))
+        piece = rows_of(array, start, min(rows, array.shape[0] - start))
         found[start : start + rows] = multihost_utils.process_allgather(piece, tiled=True)
     return found
+
+
+def rows_of(array: jax.Array, start: int, count: int) -> jax.Array:
+    """Return so many rows of an array, on every device that holds the same of its other axes.
+
+    A slice of what is split along its first axis, layers of stages or words of a table, the compiler would take after
+    it has gathered all: here the device that has a row sends it, and the others nothing.
+    """
+    assert isinstance(array.sharding, NamedSharding)
+    return row_sender(array.sharding, array.ndim, count)(array, jnp.int32(start))
+
+
+@lru_cache(maxsize=64)
+def row_sender(sharding: NamedSharding, ndim: int, count: int) -> Any:
+    """Return a program (array, start) → what `rows_of` gives of arrays that lie so: one for all pieces of an array."""
+    first, *others = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    axes = (first,) if isinstance(first, str) else tuple(first or ())
+
+    def send(block: jax.Array, start: jax.Array) -> jax.Array:
+        here = jax.lax.axis_index(axes) * len(block) if axes else 0
+        index = start + jnp.arange(count) - here
+        is_here = ((index >= 0) & (index < len(block))).reshape(-1, *[1] * (ndim - 1))
+        # As bits: a sum of floats would lose the sign of zeros.
+        bits = jnp.where(is_here, _bits(block[jnp.clip(index, 0, len(block) - 1)]), 0)
+        return _from_bits(jax.lax.psum(bits, axes) if axes else bits, block.dtype)
+
+    inputs, outputs = (PartitionSpec(first, *others), PartitionSpec()), PartitionSpec(None, *others)
+    return jax.jit(jax.shard_map(send, mesh=sharding.mesh, in_specs=inputs, out_specs=outputs, check_vma=False))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x.astype(jnp.int8) if jnp.iinfo(x.dtype).bits < 8 else x
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def _from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return bits.astype(dtype)
+    return jax.lax.bitcast_convert_type(bits, dtype)

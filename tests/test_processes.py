@@ -9,13 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import Done, calls_in, check_mistake, finish, make_project, run, start, wait_for
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jobs import JOB, OURS, STEPS, UNTIL, WHOLE, figures, free_port, joining, ours, said, same_batches
 
+from research.config import MeshConfig
 from research.errors import Lost, UserError
-from research.processes import first_alone, first_fetching, joined_processes, launch_of, require_one_process
+from research.mesh import make_mesh
+from research.processes import (
+    first_alone,
+    first_fetching,
+    joined_processes,
+    launch_of,
+    require_one_process,
+    row_sender,
+    rows_of,
+)
 from research.run_folder import RunFolder
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
@@ -23,6 +36,24 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS"
 
 def slurm(count: int, index: int) -> dict[str, str]:
     return SLURM | {"SLURM_NTASKS": str(count), "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+
+
+# --- arrays of several processes
+
+
+@pytest.mark.parametrize("spec", (P("stage", "tensor"), P(("stage", "tensor"), None), P(None, "tensor")), ids=str)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "uint4"))
+def test_rows_come_to_all_and_nothing_else_is_gathered(dtype: str, spec: P) -> None:
+    """Bit for bit, the sign of zeros, too; of two stages' rows at once."""
+    mesh = make_mesh(MeshConfig(stage=2, tensor=2))
+    values = np.arange(32.0).reshape(8, 4) % 8
+    values[:, 1] = -0.0
+    array = jax.device_put(jnp.asarray(values).astype(dtype), NamedSharding(mesh, spec))
+    found = rows_of(array, 2, 4)
+    assert np.asarray(found).tobytes() == np.asarray(array)[2:6].tobytes()
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh, P(None, *spec[1:])), 2) and found.dtype == array.dtype
+    program = row_sender(array.sharding, 2, 4).lower(array, jnp.int32(2)).compile().as_text()
+    assert "all-gather" not in program and ("all-reduce" in program) == (spec[0] is not None)
 
 
 # --- what the environment says
