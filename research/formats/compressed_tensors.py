@@ -227,9 +227,10 @@ def _arrays(
     for path, of_leaf in groupby(tensors, key=lambda tensor: tensor.path):
         weight: native.Leaf | None = None
         for tensor in of_leaf:
-            if tensor.needs_weight and weight is None:
-                weight = leaves[path]
-            leaf = weight if tensor.needs_weight and weight is not None else scales[path]
+            if tensor.needs_weight:
+                leaf = weight = leaves[path] if weight is None else weight
+            else:
+                leaf = scales[path]
             yield _array(tensor, _at(leaf, tensor.index), scheme, group)
 
 
