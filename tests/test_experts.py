@@ -174,7 +174,7 @@ def test_losses_of_the_router_are_those_of_the_papers() -> None:
 
 def test_over_its_capacity_an_expert_takes_the_first() -> None:
     logits_bte = jnp.tile(jnp.array([3.0, 2.0, 1.0, 0.0]), (2, 4, 1))  # all eight tokens want experts 0 and 1
-    routing, sums = route(MIXTURE.experts, logits_bte, jnp.ones((2, 4), bool), 0.75, PartitionSpec())
+    routing, sums = route(MIXTURE.experts, logits_bte, jnp.ones((2, 4), bool), 0.75, PartitionSpec(None, None))
     # 0.75 · 8 tokens · 2 choices / 4 experts
     np.testing.assert_array_equal(routing.expert_btj.reshape(8, 2), [[0, 1]] * 3 + [[4, 4]] * 5)
     assert not routing.share_btj.reshape(8, 2)[3:].any() and sums.dropped == 10

@@ -71,9 +71,10 @@ def test_a_misfit_names_numbers_and_the_nearest_mesh_that_fits() -> None:
     assert "no mesh of up to 4096 devices fits" in describe_misfit(plan, None)
 
 
-def test_operations_are_those_of_the_compiler_where_no_loop_hides_them() -> None:
+@pytest.mark.parametrize("distill", (0.0, 0.5))
+def test_operations_are_those_of_the_compiler_where_no_loop_hides_them(distill: float) -> None:
     """All layers unrolled and no padding; the compiler also counts elementwise operations, a few percent here."""
-    planned = tiny_plans.job(EIGHT_LAYERS, tiny.FLOAT, unroll=8)
+    planned = tiny_plans.job(EIGHT_LAYERS, tiny.FLOAT, unroll=8, distill=distill)
     step = shapes_on(planned, ONE)
     plain = tiny_plans.lowered_flops(planned)
     ours = sum(step_flops(planned, step).values())

@@ -59,4 +59,5 @@ def lowered_flops(planned: Job) -> float:
     with jax.set_mesh(mesh):
         step = abstract_step(planned, mesh)
         add: Any = step.step.add
-        return add.lower(step.state, step.batch, step.sums, None).cost_analysis()["flops"]
+        weights = step.teacher and step.teacher.weights
+        return add.lower(step.state, step.batch, step.sums, weights).cost_analysis()["flops"]

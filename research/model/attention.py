@@ -165,7 +165,7 @@ def _attend_by_kernel(
         return jnp.where(branch_bt[:, :, None, None] >= 0, out_btnh, 0)
 
     parts = q_btnh, _rounded(how.grid, k_bskh), _rounded(how.grid, v_bskh), segments.branch_bt
-    # As one, for the reason in `_forward`: kernels spread the segments out.
+    # As one, for the reason in `_attend_fwd`: kernels spread the segments out.
     parts = jax.lax.optimization_barrier(parts)
     return per_device(run, tuple(map(_over_ones, how.specs[:4])), _over_ones(how.queries))(*parts)
 
@@ -198,9 +198,12 @@ def attend_to_cache(
 
 
 def _attend_fwd(how: How, q: jax.Array, k: jax.Array, v: jax.Array, queries: Segments, keys: Segments):
-    kept = keep(how.grid, k), keep(how.grid, v)
-    out, norm_btn = _forward(how, q, *kept, queries, keys)
-    return out, (q, *kept, queries, keys, out, norm_btn)
+    # As one with what is differentiated. Alone, segments are known before the layers run, and JAX, which computes ahead
+    # what it knows, would keep the masks of all blocks: a whole matrix. And the backward pass has the same as a forward
+    # that is done anew: what XLA doesn't see to be the same travels around the ring for each.
+    *parts, one, other = jax.lax.optimization_barrier((q, keep(how.grid, k), keep(how.grid, v), queries, keys))
+    out, norm_btn = _forward(how, *parts, one, other)
+    return out, (*parts, queries, keys, out, norm_btn)
 
 
 def _attend_bwd(how: How, residuals: tuple, gradient_btnh: jax.Array):
@@ -214,9 +217,6 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _forward(how: How, *parts: Any) -> tuple[jax.Array, jax.Array]:
     """Return the output [b, t, n, h], and the logarithm of the sum of the exponentials of each query's scores."""
-    # As one with what is differentiated. Alone, segments are known before the layers run, and JAX, which computes ahead
-    # what it knows, would keep the masks of all blocks: a whole matrix.
-    parts = jax.lax.optimization_barrier(parts)
     return per_device(partial(_outcome, how), how.specs, (how.queries, how.norms))(*parts)
 
 

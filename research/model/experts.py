@@ -80,9 +80,8 @@ def route(
     one_hot_btje = is_chosen_btje & real_bt1[..., None]
     taken_btj = jnp.ones(expert_btj.shape, bool)
     if capacity_factor:
-        order_ne = jnp.cumsum(one_hot_btje.reshape(-1, sizes.experts).astype(jnp.int32), axis=0)
-        place_btje = order_ne.reshape(one_hot_btje.shape)
-        within_btje = place_btje <= capacity(sizes, real_bt.size, capacity_factor)
+        count = per_device(partial(_counted, axes_of(tokens[0]), axes_of(tokens[1])), (tokens,), tokens)
+        within_btje = count(one_hot_btje) <= capacity(sizes, real_bt.size, capacity_factor)
         taken_btj = (one_hot_btje & within_btje).any(axis=-1)
     sums = RouterSums(
         one_hot_btje.sum(axis=(0, 1, 2)).astype(jnp.float32),
@@ -93,6 +92,22 @@ def route(
     )
     expert_btj = jnp.where(taken_btj, expert_btj, sizes.experts).astype(jnp.int32)
     return Routing(expert_btj, jnp.where(taken_btj, share_btj, 0)), sums
+
+
+def _counted(of_rows: tuple[str, ...], of_positions: tuple[str, ...], one_hot_btje: jax.Array) -> jax.Array:
+    """Return how often each expert is chosen up to each choice, in the order of rows and positions, int32.
+
+    On one device, of the parts into which mesh axes split rows and positions; how often in each part, it is told.
+    """
+    b, t, j, e = one_hot_btje.shape
+    inside_bne = jnp.cumsum(one_hot_btje.reshape(b, t * j, e), axis=1, dtype=jnp.int32)
+    total_bpe = inside_bne[:, -1:]
+    for axis, names in ((1, of_positions), (0, of_rows)):
+        total_bpe = jax.lax.all_gather(total_bpe, names, axis=axis, tiled=True) if names else total_bpe
+    before_bpe = jnp.cumsum(total_bpe.reshape(-1, e), axis=0).reshape(total_bpe.shape) - total_bpe
+    row, part = (jax.lax.axis_index(names) if names else 0 for names in (of_rows, of_positions))
+    mine_b1e = jax.lax.dynamic_slice(before_bpe, (row * b, part, 0), (b, 1, e))
+    return (inside_bne + mine_b1e).reshape(one_hot_btje.shape)
 
 
 def capacity(sizes: ExpertSizes, tokens: int, factor: float) -> int:

@@ -33,6 +33,17 @@ from research.quant.nodes import Quantized, Weight, dense
 Cache = tuple[Kept, Kept]
 
 
+class Shared(NamedTuple):
+    """The input of several products, prepared for all of them: it is where they want it."""
+
+    prepared: Weight
+
+
+def unwrapped(x: Weight | Shared) -> Weight:
+    """Return an input of products, prepared or not."""
+    return x.prepared if isinstance(x, Shared) else x
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """Everything static that the modules share; compared by identity, so that jax can hash it."""
@@ -94,7 +105,7 @@ class Settings:
         """Return the residual stream as it lies between the products of a layer."""
         return place(x_btd, self.residual(x_btd.shape[1]))
 
-    def share(self, paths: tuple[str, ...], x_btd: jax.Array) -> Weight:
+    def share(self, paths: tuple[str, ...], x_btd: jax.Array) -> Weight | Shared:
         """Return the input of products with the weights at `paths`, prepared once where they round it the same.
 
         Static scales lie with their weights: those products prepare it themselves.
@@ -104,15 +115,18 @@ class Settings:
             return x_btd
         t, dtype = x_btd.shape[1], jnp.dtype(self.compute_dtype)
         how = Input(kinds.pop(), (2,), x_btd.dtype, dtype, self.residual(t), self.spec("btd", t))
-        return prepare(how, x_btd, None)
+        return Shared(prepare(how, x_btd, None))
 
-    def product(self, path: str, subscripts: str, x: Weight, param: nnx.Param, dtype: str | None = None) -> jax.Array:
+    def product(
+        self, path: str, subscripts: str, x: Weight | Shared, param: nnx.Param, dtype: str | None = None
+    ) -> jax.Array:
         """Return the einsum of `x` with the weight at `path`; what activations it gets is decided here.
 
         In `dtype`, by default `compute_dtype`.
         """
         factors, result = subscripts.split("->")
         x_axes, w_axes = factors.split(",")
+        is_shared, x = isinstance(x, Shared), unwrapped(x)
         t = (x.codes if isinstance(x, Quantized) else x).shape[1]
 
         def lies(letters: str) -> PartitionSpec:
@@ -120,7 +134,7 @@ class Settings:
 
         parameter = self.table[path]
         route = Route(
-            x=lies(x_axes),
+            x=None if is_shared else lies(x_axes),
             x_used=self.spec(x_axes, t),
             w=PartitionSpec(*parameter.spec[-len(w_axes) :]),  # inside a layer, without its `l`
             w_used=self.spec(w_axes),
@@ -309,7 +323,7 @@ class Experts(nnx.Module):
             f"{self.path}/router_de", "btd,de->bte", x_btd.astype(jnp.float32), self.router_de, dtype="float32"
         )
         routing, sums = route(sizes, logits_bte, real_bt, settings.capacity_factor, settings.spec("bt", t))
-        x = settings.share((f"{self.path}/gate_edf", f"{self.path}/up_edf"), x_btd)
+        x = unwrapped(settings.share((f"{self.path}/gate_edf", f"{self.path}/up_edf"), x_btd))
         weights = (weight(param) for param in (self.gate_edf, self.up_edf, self.down_efd))
         mixed_btd: jax.Array = mix(self._how(sizes, real_bt.size, t), x, routing, *weights)
         return mixed_btd, sums

@@ -17,11 +17,13 @@ class Route:
     """Where the factors of a product and its outcome lie on the mesh, and where the product wants its factors.
 
     What lies elsewhere is moved in the format that it is multiplied in: int8 activations as codes and scales, too.
+    `x`: None where the activation is where it is wanted. To say so again would make another array of it, which the
+    backward pass keeps for each product: of what passes through stages XLA doesn't see that they are the same.
     `is_repeated`: whether the devices of tensor all make the same product. Then each is to have all of the weight's
     gradient: the compiler would share it out among them, and swap the parts.
     """
 
-    x: PartitionSpec
+    x: PartitionSpec | None
     x_used: PartitionSpec
     w: PartitionSpec
     w_used: PartitionSpec

@@ -88,7 +88,7 @@ def _gradients(product: Product, x: jax.Array, w: Weight, gradient: jax.Array) -
     """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and `w`."""
     w_hat, route = dense(_used_w(product, w)).astype(product.dtype), product.route
     if route is not None:
-        gradient = place(gradient, product.spec)
+        x, gradient = place(x, route.x_used), place(gradient, product.spec)
     # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
     dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
     if route is not None:

@@ -25,48 +25,43 @@ from research.plan.products import (
     scale_sizes,
     weight_parts,
 )
-from research.plan.program import AbstractStep, Job
+from research.plan.program import AbstractStep, Job, models
 from research.quant.activations import group_size, statistic_of
 
 _HEADS = {"layers/attention/q_norm/scale_h": "btn", "layers/attention/k_norm/scale_h": "btk"}
 """Norms of heads: axes of what they norm, but for h."""
 LOSS_REDUCTIONS = 3  # maximum, sum of exponentials and the target's logit
-
-
-def unpredicted(job: Job, step: AbstractStep) -> list[str]:
-    """Return what of a step `predicted` doesn't know, in words: there the compiled program alone tells."""
-    shares_heads, is_piped = step.setup.settings.heads.copies > 1, dict(step.mesh.shape)["stage"] > 1
-    others = {
-        "the teacher's forward pass": job.experiment.train.distill > 0,
-        "the backward pass of kv heads that devices of tensor share, through stages": shares_heads and is_piped,
-    }
-    return [name for name, is_so in others.items() if is_so]
+DIVERGENCE_REDUCTIONS = 6  # maximum and sum of exponentials of both models, the divergence and its gradient
 
 
 def predicted(job: Job, step: AbstractStep) -> list[Collective]:
     """Return the collectives of an optimizer step as XLA is expected to emit them, `merged`."""
     parts = job.experiment.train.accumulate
+    micro = [one for model in models(job, step) for one in _of_model(*model)]
+    times = [replace(one, times=one.times * parts) for one in micro]
+    found = [*times, *_of_update(step, layout_of(job, step))]
+    return merged(one for one in found if one.axes and one.bytes and one.times)
+
+
+def _of_model(job: Job, step: AbstractStep) -> Iterator[Collective]:
+    """What a micro-batch's passes through a model take."""
     layout = layout_of(job, step)
-    micro = [
-        *_of_ring(job, step, in_layers(layout)),
-        *_of_shared_heads(job, step, in_layers(layout)),
-        *_of_stages(job, layout),
-        *_of_norms(job, step, layout),
-        *_of_embedding(job, step, layout),
-        *_of_loss(job, layout),
-    ]
+    yield from _of_ring(job, step, in_layers(layout))
+    yield from _of_shared_heads(job, step, in_layers(layout))
+    yield from _of_stages(job, layout)
+    yield from _of_norms(job, step, layout)
+    yield from _of_embedding(job, step, layout)
+    yield from _of_loss(job, layout)
     inputs: dict[tuple[str, str], Product] = {}
     for product in products(job, step):
-        micro += _of_product(product)
+        yield from _of_product(product)
         inputs[_input(product), product.x] = product
     mix = mixture(job, step)
     if mix is not None:
-        micro += sends(mix)
+        yield from sends(mix)
         inputs[_input(mix.gate), mix.gate.x] = mix.gate
     for product in inputs.values():
-        micro += _of_input(product)
-    times = [replace(one, times=one.times * parts) for one in micro]
-    return merged(one for one in [*times, *_of_update(step, layout)] if one.axes and one.bytes and one.times)
+        yield from _of_input(product)
 
 
 def least(job: Job, step: AbstractStep) -> list[Collective]:
@@ -138,12 +133,15 @@ def _of_product(product: Product) -> Iterator[Collective]:
         yield from _of_router(product)
     else:
         for dtype, axes, elements in weight_parts(product):
-            yield sent("all-gather", axes, dtype, elements, 1 if product.is_head else 2 * layout.gathers)
+            gathers = 1 if product.is_head else layout.directions * layout.gathers
+            yield sent("all-gather", axes, dtype, elements, gathers)
     # Nothing in a layer depends on what ends it, so that isn't computed anew.
     outputs = (2 if product.anew == "full" and product.parameter.contract != "f" else 1) * times
     partial = layout.split(product.parameter.contract, rules.activations)
     sums = "float32" if product.of_blocks else "int32" if product.integer else product.compute
     yield sent("all-reduce", partial, sums, product.used(product.y), outputs)
+    if not layout.backward:
+        return
     # Backward: the gradient of the output comes to where the product is, that of the input is a sum over what is kept.
     moved = layout.moved(product.y, layout.lies(product.y), rules.activations)
     yield sent("all-gather", moved, product.compute, product.used(product.y), times)
@@ -163,7 +161,13 @@ def _of_router(product: Product) -> Iterator[Collective]:
     kept = rules.params
     for letter in reversed(product.letters):
         axes, kept = layout.moved(letter, kept, rules.activations), {**kept, letter: rules.activations.get(letter)}
-        yield sent("all-gather", axes, product.stored, layout.elements(product.letters, kept), 2 * layout.gathers)
+        yield sent(
+            "all-gather",
+            axes,
+            product.stored,
+            layout.elements(product.letters, kept),
+            layout.directions * layout.gathers,
+        )
 
 
 def _repeated_gradient(product: Product) -> Iterator[Collective]:
@@ -200,13 +204,13 @@ def _of_ring(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collectiv
     of_heads, steps = layout.elements("bt", rules.activations) * heads, layout.passes * (layout.ways(ring) - 1)
     kept = of_heads * layout.sizes["h"]
     # What comes in one step of the ring is no loop: XLA sees that the backward pass asks for it once more.
-    passes = 3 if train.rematerialize != "none" and layout.ways(ring) > 2 else 2
+    passes = 3 if train.rematerialize != "none" and layout.ways(ring) > 2 else layout.directions
     yield sent(
         "collective-permute", ring, train.compute_dtype if grid is None else grid.code_dtype, kept, 2 * passes * steps
     )
     if grid is not None:
         yield sent("collective-permute", ring, "float16", of_heads, 2 * passes * steps)
-    yield sent("collective-permute", ring, "float32", kept, 2 * (steps + layout.passes))
+    yield sent("collective-permute", ring, "float32", kept, layout.backward * 2 * (steps + layout.passes))
 
 
 def _of_shared_heads(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -218,7 +222,7 @@ def _of_shared_heads(job: Job, step: AbstractStep, layout: Layout) -> Iterator[C
             layout.split("n", layout.rules.activations),
             job.experiment.train.compute_dtype,
             shared,
-            2 * layout.passes,
+            layout.backward * 2 * layout.passes,
         )
 
 
@@ -232,11 +236,16 @@ def _of_stages(job: Job, layout: Layout) -> Iterator[Collective]:
         return
     axis, dtype = ("stage",), job.experiment.train.compute_dtype
     rules, inner = layout.rules, in_layers(layout)
-    yield sent("collective-permute", axis, dtype, inner.elements(STREAM, rules.residuals), 2 * inner.ticks)
+    yield sent(
+        "collective-permute", axis, dtype, inner.elements(STREAM, rules.residuals), layout.directions * inner.ticks
+    )
     whole = layout.elements(STREAM, rules.residuals)
-    yield sent("all-reduce", axis, dtype, whole, 2)
-    yield sent("all-gather", axis, dtype, whole)
-    yield sent("all-gather", axis, "int32", layout.elements("b", rules.residuals) * layout.sizes["t"], 3)
+    yield sent("all-reduce", axis, dtype, whole, layout.directions)
+    yield sent("all-gather", axis, dtype, whole, layout.backward)
+    # What a teacher needs of the rows is there.
+    yield sent(
+        "all-gather", axis, "int32", layout.elements("b", rules.residuals) * layout.sizes["t"], 3 * layout.backward
+    )
 
 
 def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collective]:
@@ -252,9 +261,9 @@ def _of_norms(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Collecti
             gathered, width = layout.moved(letter, rules.params, rules.activations), layout.sizes[letter]
             in_layer = "l" in parameter.axes
             times, gathers = (layout.passes, layout.gathers) if in_layer else (1, 1)
-            yield sent("all-gather", gathered, "float32", width, (3 if again and in_layer else 2) * gathers)
+            yield sent("all-gather", gathered, "float32", width, (layout.directions + (again and in_layer)) * gathers)
             for over in summed:
-                yield sent("all-reduce", layout.split(over, table), "float32", width, times)
+                yield sent("all-reduce", layout.split(over, table), "float32", width, layout.backward * times)
     yield _whole_stream(job, outside)
 
 
@@ -274,9 +283,11 @@ def _of_embedding(job: Job, step: AbstractStep, layout: Layout) -> Iterator[Coll
     stored = "float32" if "embed/table_vd" not in step.setup.formats else train.param_dtype
     across, vectors = layout.moved("b", rules.activations, rules.looked_up), layout.elements(STREAM, rules.looked_up)
     exchanged = tuple(axis for axis in across if axis != "stage")  # the stages need them all
-    yield sent("all-gather", across, "int32", layout.elements("b", rules.looked_up) * layout.sizes["t"])
     yield sent("all-reduce", layout.split("v", rules.params), stored, vectors)
-    yield sent("all-to-all", exchanged, train.compute_dtype, vectors, 2)
+    yield sent("all-to-all", exchanged, train.compute_dtype, vectors, layout.directions)
+    if not layout.backward:  # and a teacher looks up the same
+        return
+    yield sent("all-gather", across, "int32", layout.elements("b", rules.looked_up) * layout.sizes["t"])
     yield _whole_stream(job, replace(layout, rules=in_layers(layout).rules))
     zero = layout.moved("d", rules.latents, rules.params)
     if zero:
@@ -294,12 +305,16 @@ def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:
     rows, positions, answers = (layout.split(letter, layout.rules.activations) for letter in "bta")
     compute, of_slot = job.experiment.train.compute_dtype, layout.elements("bd", layout.rules.activations)
     yield sent("all-reduce", positions, compute, of_slot * job.answer_tokens)
+    if not layout.backward:
+        return
     yield sent("all-gather", answers, compute, of_slot * layout.sizes["a"] * chunks(job))
-    yield sent("all-reduce", answers, "float32", 1)
+    losses = 1 + (job.experiment.train.distill > 0)  # the divergence is told by itself
+    yield sent("all-reduce", answers, "float32", 1, losses)
     of_chunk = layout.elements("ba", layout.rules.activations)
     vocabulary = layout.split("v", layout.rules.activations)
-    yield sent("all-reduce", vocabulary, "float32", of_chunk, LOSS_REDUCTIONS * chunks(job))
-    yield sent("all-reduce", rows, "float32", 1)
+    reductions = LOSS_REDUCTIONS + (DIVERGENCE_REDUCTIONS if losses > 1 else 0)
+    yield sent("all-reduce", vocabulary, "float32", of_chunk, reductions * chunks(job))
+    yield sent("all-reduce", rows, "float32", 1, losses)
     yield sent("all-reduce", rows, "int32", 1)
 
 

@@ -4,7 +4,7 @@ The compiler's own cost analysis counts a loop's body once, so operations are co
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +15,7 @@ from research.plan.hlo import Collective
 from research.plan.memory import Memory
 from research.plan.mixtures import expert_flops, mixture
 from research.plan.products import Product, in_layers, layout_of, products
-from research.plan.program import AbstractStep, Job
+from research.plan.program import AbstractStep, Job, models
 
 # What a device sends of a collective's bytes, over (ways - 1) / ways, where devices form a ring. A permutation is one
 # step of a ring: all of it.
@@ -62,18 +62,23 @@ def step_flops(job: Job, step: AbstractStep) -> dict[str, float]:
     """Return the operations of one device in matrix products, by dtype, padding and recomputation included."""
     train = job.experiment.train
     found: defaultdict[str, float] = defaultdict(float, {"int8": 0.0, train.compute_dtype: 0.0})
+    for model in models(job, step):
+        for dtype, count in _model_flops(*model):
+            found[dtype] += count
+    return {dtype: count * train.accumulate for dtype, count in found.items() if count}
+
+
+def _model_flops(job: Job, step: AbstractStep) -> Iterator[tuple[str, float]]:
+    """Yield the operations of a micro-batch's passes through a model, by dtype."""
+    train, backward = job.experiment.train, layout_of(job, step).backward
     forwards = 2 if train.rematerialize == "full" else 1
     for product in products(job, step):
         once = _product_flops(product) * product.times
-        found["int8" if product.integer else product.compute] += once * (1 if product.is_head else forwards)
-        found["int8" if product.integer_backward else product.compute] += 2 * once
+        yield "int8" if product.integer else product.compute, once * (1 if product.is_head else forwards)
+        yield "int8" if product.integer_backward else product.compute, 2 * backward * once
     mix = mixture(job, step)
-    for dtype, count in expert_flops(mix).items() if mix else ():
-        found[dtype] += count
-    found[train.compute_dtype] += (forwards + 2) * _attention_flops(job, step)
-    if train.distill:
-        found[train.compute_dtype] += sum(_product_flops(p) * p.times for p in products(job, step))
-    return {dtype: count * train.accumulate for dtype, count in found.items() if count}
+    yield from expert_flops(mix).items() if mix else ()
+    yield train.compute_dtype, (forwards + 2 * backward) * _attention_flops(job, step)
 
 
 def _product_flops(product: Product) -> float:

@@ -202,14 +202,7 @@ def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
         return jax.vjp(lambda p: loss(p, state, batch, weights)[0], params)[1]
 
     traced = jax.make_jaxpr(saved)(step.state.params, step.state, step.batch, weights).jaxpr
-    given = set(traced.invars)
-    # Where sharding is a type, a stack of layers is given another type for its scan, and nothing moves.
-    given |= {
-        one.outvars[0]
-        for one in traced.eqns
-        if one.primitive.name == "reshard" and not isinstance(one.invars[0], Literal) and one.invars[0] in given
-    }
-    found = {v for v in traced.outvars if not isinstance(v, Literal) and v not in given}
+    found = {v for v in traced.outvars if not isinstance(v, Literal) and _origin(traced, v) not in traced.invars}
     layout = in_layers(layout_of(job, step))
     loops = (layout.sizes["l"],)
     if (stages := layout.mesh["stage"]) > 1:  # of all stages, for their ticks and for their layers
@@ -220,6 +213,28 @@ def saved_bytes(job: Job, step: AbstractStep) -> tuple[int, int]:
         return sum(local_bytes(v.aval, step.mesh) for v in variables)
 
     return total(found), total(stacked) // layout.passes
+
+
+def _origin(traced: Any, variable: Any) -> Any:
+    """Return what a variable is, but for its type.
+
+    Where sharding is a type, a stack of layers is given another for its scan, and nothing moves; a pipeline returns the
+    weights that its backward pass needs.
+    """
+    made = {out: (eqn, index) for eqn in traced.eqns for index, out in enumerate(eqn.outvars)}
+    while not isinstance(variable, Literal) and variable in made:
+        eqn, index = made[variable]
+        if eqn.primitive.name == "reshard":
+            variable = eqn.invars[0]
+        elif eqn.primitive.name == "shard_map":
+            inner = eqn.params["jaxpr"]
+            origin = _origin(inner, inner.outvars[index])
+            if origin not in inner.invars:
+                break
+            variable = eqn.invars[inner.invars.index(origin)]
+        else:
+            break
+    return variable
 
 
 def _gradient_bytes(step: AbstractStep, paths: Iterable[str], *, whole: bool = False) -> int:

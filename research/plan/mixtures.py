@@ -23,7 +23,7 @@ class Mixture:
     Attributes:
       tokens: of this device.
       chosen: experts that a token goes to.
-      rows: choices that the device holds of the tokens of its group.
+      limit: rows that its experts take at most, where they have a capacity.
     """
 
     gate: Product
@@ -31,7 +31,13 @@ class Mixture:
     down: Product
     tokens: int
     chosen: int
-    rows: int
+    limit: int | None
+
+    @property
+    def rows(self) -> int:
+        """Choices that the device holds of the tokens of its group."""
+        everything = self.group * self.chosen
+        return everything if self.limit is None else min(everything, self.limit)
 
     @property
     def layout(self) -> Layout:
@@ -80,23 +86,21 @@ def mixture(job: Job, step: AbstractStep) -> Mixture | None:
     if sizes is None:
         return None
     gate, up, down = expert_products(job, step)
-    layout = gate.layout
-    tokens, ways = layout.elements("bt", layout.rules.activations), layout.mesh["expert"]
-    rows = tokens * ways * sizes.chosen
+    layout, limit = gate.layout, None
     if factor := job.experiment.train.expert_capacity:
         all_tokens = layout.sizes["b"] * layout.sizes["t"]
-        rows = min(rows, capacity(sizes, all_tokens, factor) * sizes.experts // ways)
-    return Mixture(gate, up, down, tokens, sizes.chosen, rows)
+        limit = capacity(sizes, all_tokens, factor) * sizes.experts // layout.mesh["expert"]
+    return Mixture(gate, up, down, layout.elements("bt", layout.rules.activations), sizes.chosen, limit)
 
 
 def expert_flops(mix: Mixture) -> dict[str, float]:
-    """Return the operations of all layers in a micro-batch, by dtype: forward, forward anew and backward."""
+    """Return the operations of all layers in a micro-batch, by dtype: forward, and forward anew and backward."""
     found: dict[str, float] = {}
     for product in mix.projections:
         once = 2.0 * min(mix.tokens * mix.chosen, mix.rows) * mix.width * mix.inner * product.times
         forward = "int8" if product.integer else product.compute
-        found[forward] = found.get(forward, 0.0) + 2 * once
-        found[product.compute] = found.get(product.compute, 0.0) + 2 * once
+        found[forward] = found.get(forward, 0.0) + mix.layout.directions * once
+        found[product.compute] = found.get(product.compute, 0.0) + 2 * mix.layout.backward * once
     return found
 
 
@@ -129,38 +133,48 @@ def least_sends(mix: Mixture) -> Iterator[Collective]:
 
 def sends(mix: Mixture) -> Iterator[Collective]:
     """Yield what one micro-batch's experts send, but for their input."""
-    times, compute = mix.gate.times, mix.gate.compute
-    rules, is_piped = mix.layout.rules, mix.layout.mesh["stage"] > 1
-    tokens = mix.layout.split("bt", rules.activations)
+    times, compute, layout = mix.gate.times, mix.gate.compute, mix.layout
+    rules, is_piped, passes = layout.rules, layout.mesh["stage"] > 1, layout.directions * times
+    tokens = layout.split("bt", rules.activations)
     elsewhere = tuple(axis for axis in tokens if axis not in mix.axes)
-    # What the router's losses are made of: choices, probabilities, squares, and how many tokens there are.
-    experts = mix.layout.sizes["e"]
-    for letter in "bt":
-        axes = mix.layout.split(letter, rules.activations)
-        for dtype, elements in (("int32", experts), ("float32", experts), ("float32", 1)):
-            yield sent("all-reduce", axes, dtype, elements, times)
-        yield sent("all-reduce", axes, "int32", 1, 2 * mix.layout.ticks if is_piped else 1)
-    yield sent("all-reduce", ("stage",) if is_piped else (), "float32", 1, len(_MEANS))
     for product in mix.projections:
         for dtype, axes, elements in weight_parts(product):
-            yield sent("all-gather", axes, dtype, elements, 2 * times)
-        whole, rest = product.used(product.letters), tuple(a for a in elsewhere if a not in product.gathered)
-        yield sent("reduce-scatter", product.gathered, "float32", whole, times)
-        yield sent("all-reduce", rest, "float32", whole // mix.layout.ways(product.gathered), times)
-    # Tokens, their choices and shares, forward and backward; the gradient of the outcome; what comes back of both.
-    yield sent("all-gather", mix.axes, "int8" if mix.integer else compute, mix.group * mix.width, 2 * times)
+            yield sent("all-gather", axes, dtype, elements, passes)
+    # Tokens, their choices and shares, forward and anew; what comes back.
+    yield sent("all-gather", mix.axes, "int8" if mix.integer else compute, mix.group * mix.width, passes)
     if mix.integer:
-        yield sent("all-gather", mix.axes, "float32", mix.group, 2 * times)
-    yield sent("all-gather", mix.axes, "int32", mix.group * mix.chosen, 2 * times)
-    yield sent("all-gather", mix.axes, "float32", mix.group * mix.chosen, 2 * times)
-    yield sent("all-gather", mix.axes, "float32", mix.group * mix.width, times)
-    yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.width, 2 * times)
-    yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.chosen, times)
-    # The gradient of the outcome comes from where the residual stream lies.
-    moved = mix.layout.moved(STREAM, rules.residuals, rules.activations)
-    yield sent("all-gather", moved, compute, mix.tokens * mix.width, times)
+        yield sent("all-gather", mix.axes, "float32", mix.group, passes)
+    yield sent("all-gather", mix.axes, "int32", mix.group * mix.chosen, passes)
+    yield sent("all-gather", mix.axes, "float32", mix.group * mix.chosen, passes)
+    yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.width, passes)
     # Where an inner layer is split: the scale of its rounding, and the sums of products, forward and anew.
     if mix.down.activation != "none":
-        yield sent("all-reduce", mix.across, "float32", mix.rows, 2 * times)
-    yield sent("all-reduce", mix.across, "int32" if mix.down.integer else compute, mix.rows * mix.width, 2 * times)
+        yield sent("all-reduce", mix.across, "float32", mix.rows, passes)
+    yield sent("all-reduce", mix.across, "int32" if mix.down.integer else compute, mix.rows * mix.width, passes)
+    # How often each expert is chosen in each part of the rows and positions, where a capacity counts them.
+    experts, counted = layout.sizes["e"], mix.limit is not None
+    if counted:
+        rows, positions = (layout.split(letter, rules.activations) for letter in "bt")
+        parts = layout.ways(positions) * experts
+        yield sent("all-gather", positions, "int32", layout.elements("b", rules.activations) * parts, times)
+        yield sent("all-gather", rows, "int32", layout.sizes["b"] * parts, times)
+    if not layout.backward:
+        return
+    # What the router's losses are made of: choices, probabilities, squares, and how many tokens there are.
+    for letter in "bt":
+        axes = layout.split(letter, rules.activations)
+        for dtype, elements in (("int32", experts), ("float32", experts), ("float32", 1)):
+            yield sent("all-reduce", axes, dtype, elements, times)
+        yield sent("all-reduce", axes, "int32", 1, 2 * layout.ticks if is_piped else 1)
+        yield sent("all-reduce", axes, "int32", 1, times if counted else 0)
+    yield sent("all-reduce", ("stage",) if is_piped else (), "float32", 1, len(_MEANS))
+    for product in mix.projections:
+        whole, rest = product.used(product.letters), tuple(a for a in elsewhere if a not in product.gathered)
+        yield sent("reduce-scatter", product.gathered, "float32", whole, times)
+        yield sent("all-reduce", rest, "float32", whole // layout.ways(product.gathered), times)
+    # The gradient of the outcome, which comes from where the residual stream lies, and those of the shares.
+    moved = layout.moved(STREAM, rules.residuals, rules.activations)
+    yield sent("all-gather", moved, compute, mix.tokens * mix.width, times)
+    yield sent("all-gather", mix.axes, "float32", mix.group * mix.width, times)
+    yield sent("reduce-scatter", mix.axes, "float32", mix.group * mix.chosen, times)
     yield sent("all-reduce", mix.across, "float32", mix.group * mix.width, times)

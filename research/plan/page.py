@@ -78,16 +78,15 @@ def render_traffic(plan: Plan) -> Group:
 
 def _traffic_note(plan: Plan, lines: int) -> str:
     more = f"smaller kinds, not shown: {lines - _MOST_LINES}; " if lines > _MOST_LINES else ""
-    unknown = f"; not predicted: {', '.join(plan.unpredicted)}" if plan.unpredicted else ""
     if not lines:
-        return f"nothing is sent{unknown}"
+        return "nothing is sent"
     if plan.emitted is None:
         verdict = "not compiled"
     elif as_predicted(plan):
         verdict = "as predicted, entry by entry"
     else:
         verdict = "the compiler does it otherwise than predicted"
-    return f"{more}bytes a device takes part with, over the whole step; {verdict}{unknown}"
+    return f"{more}bytes a device takes part with, over the whole step; {verdict}"
 
 
 def render_time(plan: Plan) -> Group:
@@ -127,12 +126,10 @@ def render_sweep(plans: Sequence[Plan], impossible: Iterable[Impossible]) -> Gro
     for plan in plans:
         sent = format_bytes(int(sum(plan.cost.sent_bytes.values())))
         table.add_row(*_cells(plan, sent), plan.cost.bound, _verdict(plan))
-    unknown = sorted({name for plan in plans if plan.emitted is None for name in plan.unpredicted})
-    reasons = [Text(f"not counted: {name}", style="dim") for name in unknown]
     by_reason: dict[str, list[str]] = {}
     for one in impossible:
         by_reason.setdefault(one.reason, []).append(show_mesh(one.mesh))
-    reasons += [Text(f"{_some(meshes)}: {reason}", style="dim") for reason, meshes in by_reason.items()]
+    reasons = [Text(f"{_some(meshes)}: {reason}", style="dim") for reason, meshes in by_reason.items()]
     return Group(Text(), table, *([Text(), *reasons] if reasons else []))
 
 
@@ -143,9 +140,7 @@ def _cells(plan: Plan, sent: str) -> tuple[str, ...]:
 
 def _verdict(plan: Plan) -> str:
     fits = "fits" if plan.fits else "does not fit"
-    if plan.emitted is not None:
-        return f"{fits}, compiled"
-    return f"{fits}; without some traffic" if plan.unpredicted else fits
+    return fits if plan.emitted is None else f"{fits}, compiled"
 
 
 def render_measured(rows: Iterable[tuple[Plan, float]]) -> Table:

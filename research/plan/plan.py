@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from research.errors import UserError
 from research.mesh import all_shapes
-from research.plan.collectives import least, predicted, unpredicted
+from research.plan.collectives import least, predicted
 from research.plan.cost import Cost, cost, sent_bytes
 from research.plan.hardware import Hardware
 from research.plan.hlo import Collective, merged
@@ -37,8 +37,6 @@ class Plan:
     tokens: int
     predicted: Sequence[Collective]
     least: Sequence[Collective]
-    unpredicted: Sequence[str] = ()
-    """What traffic the prediction doesn't know, in words."""
     emitted: Sequence[Collective] | None = None
     """What the compiled programs hold, None where nothing was compiled."""
     attention: str = ""
@@ -79,7 +77,6 @@ class Plan:
                 "available": self.hardware.memory_bytes,
             },
             "collectives": [asdict(line) | {"axes": list(line.axes)} for line in traffic(self)],
-            "unpredicted": list(self.unpredicted),
             "sent_bytes": dict(self.cost.sent_bytes),
             "least_sent_bytes": sent_bytes(self.least, self.mesh),
             "flops_per_device": dict(self.cost.flops),
@@ -145,7 +142,6 @@ def estimate_plan(job: Job, mesh: Mapping[str, int], hardware: Hardware) -> Plan
         tokens=job.tokens,
         predicted=sends,
         least=least(job, shapes),
-        unpredicted=unpredicted(job, shapes),
     )
 
 

@@ -26,11 +26,18 @@ class Layout:
     rules: AxisRules
     ticks: int = 1
     """How often a stage works in a micro-batch, the bubble included (pipeline.py); `sizes` has the rows of a piece."""
+    directions: int = 2
+    """In which the model is passed: forward and backward, or forward alone, as a teacher is."""
 
     @property
     def passes(self) -> int:
         """How many layers a device works on in a micro-batch, each as often as a piece comes, or none."""
         return self.sizes["l"] // self.mesh["stage"] * self.ticks
+
+    @property
+    def backward(self) -> int:
+        """How often the model is passed backward: once or not at all."""
+        return self.directions - 1
 
     @property
     def gathers(self) -> int:
@@ -160,7 +167,7 @@ def layout_of(job: Job, step: AbstractStep) -> Layout:
         rules = replace(rules, activations={**rules.activations, "a": None})
     if settings.residual(job.length)[1] == settings.spec(STREAM, job.length)[1]:
         rules = replace(rules, residuals={**rules.residuals, "t": rules.activations["t"]})
-    return Layout(sizes, mesh, rules)
+    return Layout(sizes, mesh, rules, directions=2 if step.is_trained else 1)
 
 
 def in_layers(layout: Layout) -> Layout:
@@ -174,6 +181,7 @@ def in_layers(layout: Layout) -> Layout:
         layout.mesh,
         replace(layout.rules, activations={**layout.rules.activations, "b": b}),
         pieces + stages - 1,
+        layout.directions,
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -67,6 +67,9 @@ class AbstractStep:
     sums: GradientSums
     batch: Batch
     teacher: Teacher | None
+    teacher_setup: Setup | None = None
+    is_trained: bool = True
+    """Whether there is a backward pass."""
 
     @property
     def given(self) -> GradientSums | None:
@@ -107,15 +110,24 @@ def abstract_step(job: Job, mesh: Any) -> AbstractStep:
     setup = setup_of(experiment, job.architecture, mesh)
     tx = make_optimizer(experiment.optimizer, train, setup.policy, setup.table)
     state = abstract(jax.eval_shape(lambda p: start_state(tx, p), _floats(setup)), setup.table, mesh)
-    teacher = None
+    teacher, plain = None, None
     if train.distill:
         plain = make_setup(job.architecture, (), train, mesh)
         teacher = Teacher(plain.graph, abstract(_floats(plain), plain.table, mesh), train.distill)
     step = make_step(setup.graph, tx, experiment.optimizer, train, setup.table, mesh, state, teacher)
     zeros = jax.eval_shape(step.zeros)
     return AbstractStep(
-        setup, mesh, step, state, abstract(zeros, setup.table, mesh), abstract_batch(job, mesh), teacher
+        setup, mesh, step, state, abstract(zeros, setup.table, mesh), abstract_batch(job, mesh), teacher, plain
     )
+
+
+def models(job: Job, step: AbstractStep) -> Iterator[tuple[Job, AbstractStep]]:
+    """Yield the model that is trained and then its teacher, if it has one, each as a job and a step of its own."""
+    yield job, step
+    if step.teacher_setup is not None:
+        train = replace(job.experiment.train, rematerialize="none")
+        predicting = replace(step, setup=step.teacher_setup, is_trained=False)
+        yield replace(job, experiment=replace(job.experiment, train=train)), predicting
 
 
 def _floats(setup: Setup) -> dict[str, Any]:
