@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.model.attention import Segments, mutual
-from research.model.layers import Settings, Slot, make_rotation
+from research.model.layers import Settings, Shared, Slot, make_rotation, unwrapped
 from research.model.transformer import Transformer, graph_of
+from research.quant.nodes import Weight, dense
 
 Measure = Callable[[str, jax.Array, jax.Array], jax.Array | None]
 """(path of the weight, its input, which tokens are real: boolean [b, t]) → what is kept of it, None: nothing."""
@@ -23,9 +24,9 @@ class _Watched(Settings):
     see: Callable[[str, jax.Array], None] = lambda path, x: None
 
     def product(
-        self, path: str, subscripts: str, x: jax.Array, param: nnx.Param, dtype: str | None = None
+        self, path: str, subscripts: str, x: Weight | Shared, param: nnx.Param, dtype: str | None = None
     ) -> jax.Array:
-        self.see(path, x)
+        self.see(path, dense(unwrapped(x)))
         return super().product(path, subscripts, x, param, dtype)
 
 
