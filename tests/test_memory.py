@@ -61,6 +61,9 @@ def with_moments() -> Job:
     return replace(planned, experiment=replace(planned.experiment, optimizer=OptimizerConfig(moments="int8")))
 
 
+VOCABULARY = 16_384  # so that all logits at once would be the fullest moment
+LARGE_VOCABULARY = replace(EIGHT_LAYERS, vocabulary=VOCABULARY)
+
 CASES = {
     "float": tiny_plans.job(EIGHT_LAYERS, FLOAT),
     "w8a8": tiny_plans.job(EIGHT_LAYERS, W8A8),
@@ -72,8 +75,11 @@ CASES = {
     "products saved": tiny_plans.job(EIGHT_LAYERS, FLOAT, rematerialize="dots"),
     "chunks": tiny_plans.job(EIGHT_LAYERS, FLOAT, loss_chunk=32),
     "two micro-batches": tiny_plans.job(EIGHT_LAYERS, W8A8, accumulate=2),
-    "large vocabulary": tiny_plans.job(replace(EIGHT_LAYERS, vocabulary=16_384), FLOAT, answer_tokens=63),
+    "large vocabulary": tiny_plans.job(LARGE_VOCABULARY, FLOAT, answer_tokens=63),
+    "large vocabulary, two micro-batches": tiny_plans.job(LARGE_VOCABULARY, W8A8, answer_tokens=63, accumulate=2),
     "long rows": tiny_plans.job(EIGHT_LAYERS, FLOAT, length=256),
+    "long rows, rematerialized": tiny_plans.job(EIGHT_LAYERS, FLOAT, length=256, rematerialize="full"),
+    "long rows, products saved": tiny_plans.job(EIGHT_LAYERS, FLOAT, length=256, rematerialize="dots"),
     "distillation": tiny_plans.job(EIGHT_LAYERS, W8A8, distill=0.5),
     "learned scales": with_rules(Rule(match=".*", weight="int4", learn_scale=True)),
     "only some": with_rules(Rule(match="layers/mlp/.*", weight="int8", activation="int8")),
@@ -89,6 +95,12 @@ MESHES = (
     {"replica": 2, "data": 4},
     {"context": 8},
     {"context": 2, "tensor": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"stage": 4},
+    {"stage": 8},
+    {"stage": 2, "fsdp": 4},
+    {"stage": 2, "tensor": 4},
+    {"stage": 4, "data": 2},
     {},
 )
 
@@ -103,14 +115,6 @@ def test_the_estimate_is_within_five_percent_on_every_mesh(name: str, mesh: dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("float", "w8a8", "zero"))
-@pytest.mark.optimized
-def test_on_three_axes_it_is_within_six_percent(name: str) -> None:
-    """Gradients in float32, summed over data after fsdp, wait there a little longer than the estimate has them."""
-    assert abs(error(compiled(CASES[name], data=2, fsdp=2, tensor=2))) < 0.06
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.optimized
 def test_the_estimate_is_within_five_percent_whatever_the_job(name: str) -> None:
@@ -120,13 +124,23 @@ def test_the_estimate_is_within_five_percent_whatever_the_job(name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ({"stage": 4}, {"stage": 2, "fsdp": 4}, {"stage": 2, "tensor": 2}), ids=str)
-@pytest.mark.parametrize("name", ("float", "w8a8", "rematerialized"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "rematerialized",
+        "products saved",
+        "two micro-batches",
+        "large vocabulary",
+        "long rows",
+        "long rows, rematerialized",
+        "distillation",
+        "zero",
+    ),
+)
 @pytest.mark.optimized
-def test_through_stages_it_is_within_nine_percent(name: str, mesh: dict[str, int]) -> None:
-    """What a stage copies of a piece, out of what it saved of all, is more here or less there than the estimate has."""
-    plan = compiled(CASES[name], **mesh)
-    assert abs(error(plan)) < 0.09 and plan.memory.resident == plan.estimated.resident
+def test_through_stages_it_is_so_too(name: str) -> None:
+    plan = compiled(CASES[name], **{"data" if name == "zero" else "tensor": 2}, stage=2)
+    assert abs(error(plan)) < 0.05 and plan.memory.resident == plan.estimated.resident
 
 
 @pytest.mark.slow
@@ -141,9 +155,6 @@ def test_rematerialized_layers_save_their_input_only() -> None:
     assert less.activations < estimate(tiny_plans.job(EIGHT_LAYERS, FLOAT), ONE).activations / 2
 
 
-VOCABULARY = 16_384  # so that all logits at once would be the fullest moment
-
-
 @pytest.mark.optimized
 def test_memory_grows_with_layers_as_a_line_and_not_with_chunks_of_logits() -> None:
     two, three, four = (peak(layers) for layers in (2, 3, 4))
@@ -155,5 +166,5 @@ def test_memory_grows_with_layers_as_a_line_and_not_with_chunks_of_logits() -> N
 
 def peak(layers: int, **options: int) -> int:
     """Return the bytes of a compiled step at its fullest moment, on one device."""
-    architecture = replace(EIGHT_LAYERS, layers=layers, vocabulary=VOCABULARY)
+    architecture = replace(LARGE_VOCABULARY, layers=layers)
     return compiled(tiny_plans.job(architecture, FLOAT, **options), data=1).memory.peak

@@ -10,8 +10,7 @@ from tiny_plans import TWO_LAYERS
 
 from research.config import MeshConfig
 from research.mesh import make_mesh
-from research.plan.memory import local_bytes
-from research.plan.program import AbstractStep, abstract_step, compile_step
+from research.plan.program import AbstractStep, abstract_step, compile_step, local_bytes
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from matplotlib.patches import Rectangle
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from research.model.placement import owner
-from research.plan.memory import local_bytes
-from research.plan.program import AbstractStep
+from research.plan.program import AbstractStep, local_bytes
 from research.plot import save_figure
 from research.quant.policy import path_of
 from research.quant.state import find

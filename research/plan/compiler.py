@@ -1,4 +1,4 @@
-"""What a platform's compiler holds at a time, as it was found to arrange programs (docs/decisions/0015-planner.md).
+"""How a platform's compiler was found to arrange programs (docs/decisions/0015-planner.md).
 
 Fitted to what compiled programs take: on CPUs to the jobs of tests/test_memory.py, on GPUs and TPUs to large models.
 """
@@ -11,21 +11,17 @@ class Compiler:
     """Rules of thumb of a platform.
 
     Attributes:
-      update_trees: float32 trees that the update holds at once beside the state.
-      anew: share of what a layer computes anew that exists at a time; where all that is elementwise is fused with what
-        reads it, half.
-      head_fused: whether the head is decoded where it is multiplied, and its gradient, made with the loss, added to in
-        place and cut into shards at once; if not, it is there as floats, its gradient twice, and then until the end.
+      fuses: whether what is elementwise is fused with what reads it. Then half of what a layer computes anew exists at
+        a time, the head is decoded where it is multiplied, its gradient is added to in place and cut into shards at
+        once, and the update holds one tree of float32 instead of two.
       sums_wait: whether gradients wait for the end of the backward pass in their own dtype, and are then added to their
         sums in another tree.
     """
 
-    update_trees: int
-    anew: float
-    head_fused: bool
+    fuses: bool
     sums_wait: bool
 
 
-CPU = Compiler(update_trees=2, anew=1.0, head_fused=False, sums_wait=False)
-GPU = Compiler(update_trees=1, anew=0.5, head_fused=True, sums_wait=False)
-TPU = Compiler(update_trees=1, anew=0.5, head_fused=True, sums_wait=True)
+CPU = Compiler(fuses=False, sums_wait=False)
+GPU = Compiler(fuses=True, sums_wait=False)
+TPU = Compiler(fuses=True, sums_wait=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from inspect import getsource
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from research.model.layers import tree_of
 from research.model.placement import abstract
 from research.plan import cards, hlo
 from research.plan.hlo import Collective, collectives, merged
+from research.quant.grid import bytes_of
 from research.run_folder import write_atomically
 from research.setup import Setup, make_setup, setup_of
 from research.tasks.batches import Batch
@@ -142,6 +144,12 @@ def abstract_batch(job: Job, mesh: Any) -> Batch:
         return jax.ShapeDtypeStruct((job.rows, size), jnp.int32, sharding=split)
 
     return Batch(*[rows(job.length)] * 4, *[rows(job.answer_tokens)] * 3)
+
+
+def local_bytes(leaf: Any, mesh: Any = None) -> int:
+    """Return the bytes of one device's shard of a shape with a sharding."""
+    sharding = leaf.sharding if mesh is None else NamedSharding(mesh, leaf.sharding.spec)
+    return bytes_of(prod(sharding.shard_shape(leaf.shape)), leaf.dtype)
 
 
 def compile_step(
