@@ -22,7 +22,7 @@ from research.model.look_up import Places, look_up
 from research.model.parameters import HeadPlan, Parameter
 from research.model.product import Route
 from research.model.seam import einsum
-from research.model.sharding import place, ways_of, whole
+from research.model.sharding import axes_of, place, ways_of, whole
 from research.model.shared_heads import Copies, repeat_heads
 from research.quant.activations import statistic_of
 from research.quant.grid import Grid
@@ -133,13 +133,14 @@ class Settings:
             return self.residual(t) if letters == "btd" else self.spec(letters, t)
 
         parameter = self.table[path]
+        is_repeated = parameter.leaf.is_router or (self.heads.copies > 1 and "k" in w_axes)
         route = Route(
             x=None if is_shared else lies(x_axes),
             x_used=self.spec(x_axes, t),
             w=PartitionSpec(*parameter.spec[-len(w_axes) :]),  # inside a layer, without its `l`
             w_used=self.spec(w_axes),
             y=lies(result),
-            is_repeated=parameter.leaf.is_router or (self.heads.copies > 1 and "k" in w_axes),
+            repeated=axes_of(self.spec("n")[0]) if is_repeated else (),
         )
         activation, kind = self.activations.get(path, "none"), jnp.dtype(dtype or self.compute_dtype)
         kernel = self.int8_kernel

@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from research.model.backward import integer_gradients
 from research.model.blocks import sum_over_blocks
 from research.model.inputs import Input, prepare
 from research.model.int8_kernel import multiply_scaled, multiply_sums, splits_sums
 from research.model.product import Product, Route, beside, count_blocks
-from research.model.sharding import place, split, ways_of, whole
+from research.model.sharding import per_device, place, split, ways_of, whole
 from research.quant.activations import dequantize_tokens, statistic_of
 from research.quant.nodes import Quantized, Weight, cotangent, dense
 
@@ -88,11 +89,18 @@ def _gradients(product: Product, x: jax.Array, w: Weight, gradient: jax.Array) -
     """Return dL/dx, and dL/dŵ in the place of the value, for the float product of `x` and `w`."""
     w_hat, route = dense(_used_w(product, w)).astype(product.dtype), product.route
     if route is not None:
-        x, gradient = place(x, route.x_used), place(gradient, product.spec)
-    # jax's own transposition, so that the gradient is bit for bit that of the fake-quantized product
-    dx, dw = jax.vjp(product.multiply, x, w_hat)[1](gradient)
+        gradient = place(gradient, product.spec)
+
+    def transpose(x: jax.Array, w_hat: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # jax's own, so that the gradient is bit for bit that of the fake-quantized product
+        return jax.vjp(product.multiply, x, w_hat)[1](gradient)
+
+    if route is not None and route.repeated:
+        whole = PartitionSpec()
+        transpose = per_device(transpose, (whole,) * 3, (whole,) * 2, route.repeated)
+    dx, dw = transpose(x, w_hat, gradient)
     if route is not None:
-        dw = place(place(dw, route.w_used) if route.is_repeated else dw, route.w)
+        dw = place(dw, route.w)
     return dx, cotangent(w, None if isinstance(w, Quantized) and w.value is None else dw)
 
 

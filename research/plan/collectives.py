@@ -171,18 +171,10 @@ def _of_router(product: Product) -> Iterator[Collective]:
 
 
 def _repeated_gradient(product: Product) -> Iterator[Collective]:
-    """Sum the gradient of a weight whose product all devices of tensor make, whole.
-
-    In a pipeline the backward pass finds the stream by positions; where no context splits them, too, each device of
-    tensor has a part of the sum.
-    """
-    layout, rules, whole = product.layout, product.layout.rules, product.used(product.letters)
-    if layout.mesh["stage"] > 1 and layout.mesh["context"] == 1:
-        parts, table = [product.rows], rules.residuals
-    else:
-        parts, table = [*product.rows], rules.activations
-    for part in parts:
-        yield sent("all-reduce", layout.split(part, table), product.stored, whole, product.times)
+    """Sum the gradient of a weight whose product all devices of tensor make, whole."""
+    layout, whole = product.layout, product.used(product.letters)
+    for part in product.rows:
+        yield sent("all-reduce", layout.split(part, layout.rules.activations), product.stored, whole, product.times)
 
 
 def _gradient(kind: str, product: Product) -> Iterator[Collective]:

@@ -66,20 +66,21 @@ def _layer_bytes(job: Job, step: AbstractStep, compiler: Compiler, of_layer: int
 def _plainly(job: Job, step: AbstractStep, anew: int) -> int:
     """Return the bytes that exist in a layer besides, where what is elementwise stands by itself.
 
-    All that is computed anew (where products are saved, 0.7 of the rest) when its backward pass begins, or half of it
-    when that has come to attention. Of the residual stream gathered by positions floats are among what is saved.
-    Weights are gathered one by one: half of them, and all stacks that they come from, laid out anew. Where keys travel
-    around a ring, keys, values, queries and their gradients are there several times, eight in all.
+    All that is computed anew (where products are saved, 0.7 of the rest) when its backward pass begins, or, when that
+    has come to attention, half of it (where products are saved, twelve arrays like the queries). Of the residual stream
+    gathered by positions floats are among what is saved. Weights are gathered one by one: half of them, and all stacks
+    that they come from, laid out anew. Where keys travel around a ring, there are four more each of keys, of values and
+    of arrays like the queries.
     """
     layout, train = layout_of(job, step), job.experiment.train
-    inner = in_layers(layout)
-    used = inner.rules.activations
+    inner, saves_products = in_layers(layout), train.rematerialize == "dots"
+    queries, keys = (4 * inner.elements(letters, inner.rules.activations) for letters in ("btnh", "btkh"))
     rounded = any(one.activation != "none" for one in products(job, step) if one.x == STREAM)
     streams = _streams(job, step) // (1 if rounded else 2)
-    share = 0.7 if train.rematerialize == "dots" else 1.0
-    ring = 8 * 4 * (inner.elements("btnh", used) + inner.elements("btkh", used)) if layout.mesh["context"] > 1 else 0
-    at_once = max(int(share * anew) + streams, anew // 2 + _scores(job, step))
-    return _gathered_weights(job, step) // 2 + _copied_weights(job, step) + ring + at_once
+    at_begin = int((0.7 if saves_products else 1.0) * anew) + streams
+    in_attention = (12 * queries if saves_products else anew // 2) + _scores(job, step)
+    ring = 4 * queries + 8 * keys if layout.mesh["context"] > 1 else 0
+    return _gathered_weights(job, step) // 2 + _copied_weights(job, step) + ring + max(at_begin, in_attention)
 
 
 def _copied_weights(job: Job, step: AbstractStep) -> int:
