@@ -140,7 +140,7 @@ class Settings:
             w=PartitionSpec(*parameter.spec[-len(w_axes) :]),  # inside a layer, without its `l`
             w_used=self.spec(w_axes),
             y=lies(result),
-            repeated=axes_of(self.spec("n")[0]) if is_repeated else (),
+            repeated=axes_of(self.spec("n")[0]) if is_repeated else None,
         )
         activation, kind = self.activations.get(path, "none"), jnp.dtype(dtype or self.compute_dtype)
         kernel = self.int8_kernel

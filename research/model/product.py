@@ -19,8 +19,8 @@ class Route:
     What lies elsewhere is moved in the format that it is multiplied in: int8 activations as codes and scales, too.
     `x`: None where the activation is where it is wanted. To say so again would make another array of it, which the
     backward pass keeps for each product: of what passes through stages XLA doesn't see that they are the same.
-    `repeated`: mesh axes whose devices all make the same product. Then each makes all of the gradients: the compiler
-    would share them out, and swap the parts.
+    `repeated`: mesh axes whose devices all make the same product, None where it isn't made to be repeated. Each of
+    them is to have all of the weight's gradient: the compiler would share it out among them, and swap the parts.
     """
 
     x: PartitionSpec | None
@@ -28,7 +28,7 @@ class Route:
     w: PartitionSpec
     w_used: PartitionSpec
     y: PartitionSpec
-    repeated: tuple[str, ...] = ()
+    repeated: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

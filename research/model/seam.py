@@ -100,7 +100,7 @@ def _gradients(product: Product, x: jax.Array, w: Weight, gradient: jax.Array) -
         transpose = per_device(transpose, (whole,) * 3, (whole,) * 2, route.repeated)
     dx, dw = transpose(x, w_hat, gradient)
     if route is not None:
-        dw = place(dw, route.w)
+        dw = place(dw if route.repeated is None else place(dw, route.w_used), route.w)
     return dx, cotangent(w, None if isinstance(w, Quantized) and w.value is None else dw)
 
 
