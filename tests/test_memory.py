@@ -144,6 +144,20 @@ def test_through_stages_it_is_so_too(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ({"stage": 4}, {"stage": 2, "fsdp": 4}), ids=str)
+@pytest.mark.optimized
+def test_rematerialized_through_other_stages_it_is_so_too(mesh: dict[str, int]) -> None:
+    plan = compiled(CASES["rematerialized"], **mesh)
+    assert abs(error(plan)) < 0.05 and plan.memory.resident == plan.estimated.resident
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_under_zero_on_three_axes_it_is_so_too() -> None:
+    assert abs(error(compiled(CASES["zero"], data=2, fsdp=2, tensor=2))) < 0.05
+
+
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_what_stays_of_a_mixture_is_exact() -> None:
     plan = compiled(tiny_plans.job(tiny_plans.MIXTURE, W8A8, length=16, accumulate=2), expert=2)

@@ -56,6 +56,12 @@ class Job:
         """Tokens of an optimizer step."""
         return self.rows * self.length * self.experiment.train.accumulate
 
+    @property
+    def computing_nothing_anew(self) -> "Job":
+        """The same without rematerialization."""
+        train = replace(self.experiment.train, rematerialize="none")
+        return replace(self, experiment=replace(self.experiment, train=train))
+
 
 @dataclass(frozen=True, eq=False)
 class AbstractStep:
@@ -127,9 +133,7 @@ def models(job: Job, step: AbstractStep) -> Iterator[tuple[Job, AbstractStep]]:
     """Yield the model that is trained and then its teacher, if it has one, each as a job and a step of its own."""
     yield job, step
     if step.teacher_setup is not None:
-        train = replace(job.experiment.train, rematerialize="none")
-        predicting = replace(step, setup=step.teacher_setup, is_trained=False)
-        yield replace(job, experiment=replace(job.experiment, train=train)), predicting
+        yield job.computing_nothing_anew, replace(step, setup=step.teacher_setup, is_trained=False)
 
 
 def _floats(setup: Setup) -> dict[str, Any]:

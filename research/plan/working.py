@@ -5,8 +5,7 @@ tells how it is split. The rest is what one layer, or the head, works with at a 
 with their reasons (docs/decisions/0015-planner.md has how far off they are).
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -47,11 +46,9 @@ def _layer_bytes(job: Job, step: AbstractStep, compiler: Compiler, of_layer: int
     each gradient at once.
     """
     layout, table = layout_of(job, step), step.setup.table
-    stages, of_layers = (
-        layout.mesh["stage"],
-        [p for p, one in table.items() if "l" in one.axes and not is_of_experts(one)],
-    )
-    layers, mix = layout.sizes["l"] // stages, mixture(job, step)
+    of_layers = [path for path, one in table.items() if "l" in one.axes and not is_of_experts(one)]
+    stages, mix = layout.mesh["stage"], mixture(job, step)
+    layers = layout.sizes["l"] // stages
     found = of_layer // 2 + (bytes_at_work(mix) if mix else 0)
     if stages == 1 or layers > 1:
         found += _gradient_bytes(step, of_layers, whole=True) // layers
@@ -85,15 +82,11 @@ def _plainly(job: Job, step: AbstractStep, anew: int) -> int:
 
 def _copied_weights(job: Job, step: AbstractStep) -> int:
     """Return the bytes of the stacks whose layers are gathered, of the teacher, too; stages have copies anyway."""
-    if layout_of(job, step).mesh["stage"] > 1:
+    layout = layout_of(job, step)
+    if layout.mesh["stage"] > 1:
         return 0
-    return sum(
-        bytes_of(elements, dtype) * product.layout.sizes["l"] // product.layout.ways(axes)
-        for model in models(job, step)
-        for product in products(*model)
-        for dtype, axes, elements in weight_parts(product)
-        if axes and not product.is_head
-    )
+    parts = (part for model in models(job, step) for part in _gathered_parts(*model))
+    return sum(bytes_of(elements, dtype) * layout.sizes["l"] // layout.ways(axes) for dtype, axes, elements in parts)
 
 
 def _waiting_bytes(step: AbstractStep, compiler: Compiler) -> int:
@@ -115,12 +108,14 @@ def _waiting_bytes(step: AbstractStep, compiler: Compiler) -> int:
 
 def _gathered_weights(job: Job, step: AbstractStep) -> int:
     """Return the bytes of a layer's weights that are gathered, in the format that they travel in."""
-    return sum(
-        bytes_of(elements, dtype)
-        for product in products(job, step)
-        for dtype, axes, elements in weight_parts(product)
-        if axes and not product.is_head
-    )
+    return sum(bytes_of(elements, dtype) for dtype, _, elements in _gathered_parts(job, step))
+
+
+def _gathered_parts(job: Job, step: AbstractStep) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Yield what is gathered of a layer's weights, as `weight_parts` does."""
+    for product in products(job, step):
+        if not product.is_head:
+            yield from (part for part in weight_parts(product) if part[1])
 
 
 def _streams(job: Job, step: AbstractStep) -> int:
@@ -147,8 +142,7 @@ def _scores(job: Job, step: AbstractStep) -> int:
 
 def _computed_anew(job: Job, step: AbstractStep) -> int:
     """Return the bytes that one layer would save if nothing of it were computed anew."""
-    train = replace(job.experiment.train, rematerialize="none")
-    plain = replace(job, experiment=replace(job.experiment, train=train))
+    plain = job.computing_nothing_anew
     return saved_bytes(plain, abstract_step(plain, step.mesh))[1]
 
 
