@@ -18,6 +18,19 @@ MODULE = """HloModule jit_f
   ROOT %less = pred[] compare(%p, %bound), direction=LT
 }}
 
+%flag (p: (f32[4], pred[])) -> pred[] {{
+  %p = (f32[4]{{0}}, pred[]) parameter(0)
+  ROOT %stands = pred[] get-tuple-element(%p), index=1
+}}
+
+%once (p: (f32[4], pred[])) -> (f32[4], pred[]) {{
+  %p = (f32[4]{{0}}, pred[]) parameter(0)
+  %first = f32[4]{{0}} get-tuple-element(%p), index=0
+  %falls = pred[] constant(false)
+  %sum = f32[4]{{0}} all-reduce(%first), replica_groups={{{{0,1}},{{2,3}},{{4,5}},{{6,7}}}}, to_apply=%add
+  ROOT %both = (f32[4]{{0}}, pred[]) tuple(%sum, %falls)
+}}
+
 %all-reduce-scatter.1 (p: bf16[8]) -> bf16[4] {{
   %p = bf16[8]{{0}} parameter(0)
   %sum = bf16[8]{{0}} all-reduce(%p), replica_groups={{{{0,4}},{{1,5}},{{2,6}},{{3,7}}}}, to_apply=%add
@@ -71,9 +84,15 @@ def test_a_loop_counts_as_often_as_it_runs(loop: str) -> None:
     assert read(f"%x = f32[4]{{0}} while(%a), {loop}") == [Collective("all-reduce", ("tensor",), "f32", 16, 5)]
 
 
-def test_a_loop_of_unknown_length_is_an_error() -> None:
+def test_a_loop_whose_flag_falls_runs_once() -> None:
+    found = read("%x = (f32[4]{0}, pred[]) while(%a), condition=%flag, body=%once")
+    assert found == [Collective("all-reduce", ("tensor",), "f32", 16, 1)]
+
+
+@pytest.mark.parametrize("condition", ("unknown", "flag"))
+def test_a_loop_of_unknown_length_is_an_error(condition: str) -> None:
     with pytest.raises(ValueError, match="inner is in a loop of unknown length"):
-        read("%x = f32[4]{0} while(%a), condition=%unknown, body=%body")
+        read(f"%x = f32[4]{{0}} while(%a), condition=%{condition}, body=%body")
 
 
 def test_merged_operands_are_counted_one_by_one() -> None:

@@ -59,7 +59,7 @@ class Recorder:
         values = StepMetrics(
             *(np.float32(x) for x in (loss, 0, 24, 1.5, 1e-3)), np.int32(self._in_a_row), {"w": 0.25}, {}
         )
-        return TrainState(np.int32(number), None, None), values
+        return TrainState(np.int32(number), None, None, np.int32(self._in_a_row)), values
 
     def append(self, step: int, values: dict[str, Any]) -> None:
         self.order.append(f"line {step}")
@@ -80,7 +80,7 @@ class Recorder:
         return train(
             setup,
             experiment,
-            TrainState(np.int32(self.first), None, None),
+            TrainState(np.int32(self.first), None, None, np.int32(0)),
             self,
             batches,
             log=self,

@@ -13,7 +13,7 @@ from research.config import OptimizerConfig, Rule
 from research.model.placement import bytes_per_device, place_float
 from research.plan.memory import estimate, resident
 from research.plan.plan import Plan
-from research.plan.program import Job, abstract_step
+from research.plan.program import Job, abstract_step, compile_step
 from research.quant.state import find
 from research.setup import setup_of
 from research.train.step import make_optimizer, make_state
@@ -162,6 +162,18 @@ def test_under_zero_on_three_axes_it_is_so_too() -> None:
 def test_what_stays_of_a_mixture_is_exact() -> None:
     plan = compiled(tiny_plans.job(tiny_plans.MIXTURE, W8A8, length=16, accumulate=2), expert=2)
     assert plan.memory.resident == plan.estimated.resident
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ({}, {"fsdp": 4, "tensor": 2}, {"stage": 4}), ids=str)
+@pytest.mark.parametrize("name", ("float", "w8a8"))
+@pytest.mark.optimized
+def test_the_update_changes_what_stays_where_it_lies(name: str, mesh: dict[str, int]) -> None:
+    """Beside it there are scales and their maxima: a channel of 256 weights or more has one of each."""
+    devices = tiny_plans.make_mesh(tiny_plans.MeshConfig(**mesh))
+    with jax.set_mesh(devices):
+        step = abstract_step(CASES[name], devices)
+        assert compile_step(step).update.extra_bytes < 0.03 * resident(step).gradients
 
 
 def test_rematerialized_layers_save_their_input_only() -> None:

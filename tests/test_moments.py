@@ -89,7 +89,8 @@ def two_steps(sizes: dict[str, int]) -> tuple[Setup, Any, TrainState]:
         @partial(jax.jit, donate_argnums=0)
         def step(state: TrainState, gradients: PyTree) -> TrainState:
             updates, optimizer = update(tx, gradients, state.optimizer, state.params)
-            return TrainState(state.step + 1, apply_updates(state.params, updates, optimizer), optimizer)
+            params = apply_updates(state.params, updates, optimizer)
+            return TrainState(state.step + 1, params, optimizer, state.nonfinite_in_a_row)
 
         types, places = jax.tree.map(jax.typeof, state), where(state)
         for seed in (1, 2):

@@ -311,13 +311,11 @@ def _of_loss(job: Job, layout: Layout) -> Iterator[Collective]:
 
 
 def _of_update(step: AbstractStep, layout: Layout) -> Iterator[Collective]:
-    """Two norms of the gradient, whether it is finite, the maxima behind scales; what comes back to the parameters."""
+    """The norm of the gradient, the maxima behind scales; what comes back to the parameters."""
     rules = layout.rules
     for path, parameter in step.setup.table.items():
         for letter in parameter.axes:
-            axes = layout.split(letter, rules.latents)
-            yield sent("all-reduce", axes, "float32", 1, 2)
-            yield sent("all-reduce", axes, "bool", 1)
+            yield sent("all-reduce", layout.split(letter, rules.latents), "float32", 1)
         form, axes = step.setup.formats.get(path), parameter.axes
         back = layout.moved(axes, rules.latents, rules.params)
         yield sent("all-gather", back, form.grid.code_dtype if form else "float32", layout.elements(axes, rules.params))

@@ -12,8 +12,8 @@ class Compiler:
 
     Attributes:
       fuses: whether what is elementwise is fused with what reads it. Then half of what a layer computes anew exists at
-        a time, the head is decoded where it is multiplied, its gradient is added to in place and cut into shards at
-        once, and the update holds one tree of float32 instead of two.
+        a time, the head is decoded where it is multiplied, and its gradient is added to in place and cut into shards at
+        once.
       sums_wait: whether gradients wait for the end of the backward pass in their own dtype, and are then added to their
         sums in another tree.
     """

@@ -1,9 +1,9 @@
 """The collectives of a compiled program, read from its HLO text: kind, mesh axes, dtype, bytes, how often they run.
 
 A loop's body stands in the text once; what is in it is counted as often as the loop runs: the compiler writes that
-beside the loop, or the loop counts up to a constant. Groups of devices are written in four ways (lists, iota, mesh
-axes, pairs); all become lists of partition numbers, and those become names of mesh axes by looking which coordinates
-vary inside a group.
+beside the loop, or the loop counts up to a constant, or it is the update's, which turns once at most. Groups of devices
+are written in four ways (lists, iota, mesh axes, pairs); all become lists of partition numbers, and those become names
+of mesh axes by looking which coordinates vary inside a group.
 """
 
 import re
@@ -140,13 +140,18 @@ def _executions(computations: Mapping[str, list[_Instruction]]) -> dict[str, int
 
 
 def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int | None:
-    """Return how often a loop runs: as told, or the bound that its counter, which starts at 0, is compared with."""
+    """Return how often a loop runs: as told, or the bound that its counter, which starts at 0, is compared with.
+
+    Once, if it goes on while a flag stands and its body lets one fall.
+    """
     if told := _TRIPS.search(loop.rest):
         return int(told[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    body = computations.get(condition[1], []) if condition else []
-    bounds = [int(found[1]) for one in body if one.op == "constant" and (found := _CONSTANT.match(one.rest))]
-    is_count = any(one.op == "compare" and "direction=LT" in one.rest for one in body)
+    called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.rest))
+    condition, body = (computations.get(called.get(part, ""), []) for part in ("condition", "body"))
+    if {one.op for one in condition} == {"parameter", "get-tuple-element"}:
+        return 1 if any(one.op == "constant" and one.rest.startswith("false)") for one in body) else None
+    bounds = [int(found[1]) for one in condition if one.op == "constant" and (found := _CONSTANT.match(one.rest))]
+    is_count = any(one.op == "compare" and "direction=LT" in one.rest for one in condition)
     return bounds[0] if is_count and len(bounds) == 1 else None
 
 

@@ -227,21 +227,20 @@ def _head_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
 
 
 def update_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
-    """Return the bytes that the update takes besides: float32 trees of latents, more for moments and scales in codes.
+    """Return the bytes that the update takes besides: next to none, as what stays is changed where it lies.
 
-    A gradient and a step of each leaf; of quantized leaves that no axis splits the compiler makes one of both. Latents
-    that are split further than their parameter (ZeRO) send codes back, and there is what they decode to.
+    But float32 trees for moments in codes, and for the gradients of learned scales. With latents split further than
+    their parameter (ZeRO) codes come back, of all leaves at a time, or floats, of which two of the largest leaf are
+    whole.
     """
-    trees = 1 if compiler.fuses else 2
-    more = 3 * (job.experiment.optimizer.moments == "int8") + any(r.learn_scale for r in job.experiment.quantization)
-    total = 0
+    is_coded, learned = job.experiment.optimizer.moments == "int8", 0.7 if compiler.fuses else 1.8
+    latents, codes, floats = 0.0, 0, [0]
     for path, parameter in step.setup.table.items():
-        kept = 4 * prod(parameter.shape) // prod(parameter.latent_shards)
-        form, is_whole = step.setup.formats.get(path), prod(parameter.latent_shards) == 1
-        total += more * kept
-        if form is not None and parameter.latent_spec != parameter.spec:
-            held = _local_size(parameter, whole=False)
-            total += kept + bytes_of(held, form.grid.code_dtype) + 4 * held
-        else:
-            total += kept if is_whole and form is not None else trees * kept
-    return total
+        form, held = step.setup.formats.get(path), _local_size(parameter, whole=False)
+        trees = 2.2 * is_coded + (learned if form is not None and form.rule.learn_scale else 0)
+        latents += trees * 4 * prod(parameter.shape) // prod(parameter.latent_shards)
+        if parameter.latent_spec != parameter.spec and form is not None:
+            codes += bytes_of(held, form.grid.code_dtype)
+        elif parameter.latent_spec != parameter.spec:
+            floats.append(4 * held)
+    return int(latents) + codes + 2 * max(floats)

@@ -58,7 +58,8 @@ def checkpoint_items(state: TrainState) -> dict[str, Any]:
     rest = replace_state(state.optimizer, lambda quantized: replace(quantized, encoded=None))
     params = leaves_by_path(state.params)
     annealed = tree_of({path: params[path] for path, form in find(state.optimizer).formats if form.rule.end_step})
-    return {WEIGHTS: encoded_weights(state), OPTIMIZER: {"step": state.step, "state": rest, "annealed": annealed}}
+    others = {"step": state.step, "nonfinite_in_a_row": state.nonfinite_in_a_row}
+    return {WEIGHTS: encoded_weights(state), OPTIMIZER: {**others, "state": rest, "annealed": annealed}}
 
 
 def checkpoint_metadata(experiment: Experiment, foundation: Foundation, task: Task, mesh: Mesh) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _rebuild(weights: Any, rest: Any, encoded_shapes: Any) -> TrainState:
     params = jax.jit(project)(optimizer, floats)
     saved = leaves_by_path(rest["annealed"])
     params = jax.tree_util.tree_map_with_path(lambda path, p: saved.get(path_of(path), p), params)
-    return TrainState(rest["step"], params, optimizer)
+    return TrainState(rest["step"], params, optimizer, rest["nonfinite_in_a_row"])
 
 
 def _load(path: Path, item: str, target: Any, table: Table, metadata: Mapping[str, Any], verified: bool) -> Any:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import OptimizerConfig, TrainConfig
@@ -31,11 +32,13 @@ class TrainState(NamedTuple):
       step: optimizer steps done, int32 scalar.
       params: nested dict; quantized leaves on their grid in `param_dtype`, the others float32.
       optimizer: state of the optax chain, with latents, scales and codes in it.
+      nonfinite_in_a_row: steps left out since the last one that was taken, int32 scalar.
     """
 
     step: jax.Array
     params: Any
     optimizer: Any
+    nonfinite_in_a_row: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -71,7 +74,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, train: TrainConfig, policy: Policy, table: Table
 ) -> optax.GradientTransformationExtraArgs:
-    """Return clipping, then AdamW on the latents, landing on the policy's grids; a non-finite gradient is skipped."""
+    """Return AdamW on the latents, landing on the policy's grids; `make_step` clips what it is given."""
 
     def decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(table[path_of(path)].contract), params)
@@ -82,11 +85,7 @@ def make_optimizer(
         optax.scale_by_learning_rate(make_schedule(config, train.steps)),
     )
     scales = optax.adam(config.scale_learning_rate, b1=config.b1, b2=config.b2)
-    quantized = quantize(adamw, policy, dtype=train.param_dtype, scales=scales, settle=partial(_settle, table))
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), quantized)
-    # After so many in a row optax accepts a non-finite gradient. The loop stops the run at `max_nonfinite`, which it
-    # learns when the next step is under way, and that one must not be accepted.
-    return optax.with_extra_args_support(optax.apply_if_finite(chain, max_consecutive_errors=train.max_nonfinite + 1))
+    return quantize(adamw, policy, dtype=train.param_dtype, scales=scales, settle=partial(_settle, table))
 
 
 def _settle(table: Table, path: str, encoded: Encoded) -> Encoded:
@@ -108,7 +107,8 @@ def adam_of(config: OptimizerConfig, table: Table) -> optax.GradientTransformati
 def start_state(tx: optax.GradientTransformationExtraArgs, float_params: Any) -> TrainState:
     """Return the state before the first step: latents copy the float weights, params are their projection."""
     optimizer = tx.init(float_params)
-    return TrainState(jnp.zeros((), jnp.int32), project(optimizer, float_params), optimizer)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, project(optimizer, float_params), optimizer, zero)
 
 
 def make_state(tx: optax.GradientTransformationExtraArgs, float_params: Any, table: Table, mesh: Mesh) -> TrainState:
@@ -219,23 +219,34 @@ def make_step(
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, StepMetrics]:
         tokens = sums.losses.tokens
-        gradients = jax.tree.map(lambda g: g / tokens, sums.gradients)
-        with jax.numpy_dtype_promotion("standard"):  # optax relies on it (schedules, Adam's bias correction)
-            updated: Any = tx.update(gradients, state.optimizer, state.params)
+        grad_norm = optax.tree.norm(sums.gradients) / tokens
+        is_finite = jnp.isfinite(grad_norm)
+        # The mean and clipping by the global norm as one factor, which is part of whatever reads a gradient.
+        factor = jnp.minimum(1.0, optimizer.clip_norm / grad_norm) / tokens
+
+        def move(weights: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, optimizer_state = weights
+            gradients = jax.tree.map(lambda g: g * factor, sums.gradients)
+            with jax.numpy_dtype_promotion("standard"):  # optax relies on it (schedules, Adam's bias correction)
+                updated: Any = tx.update(gradients, optimizer_state, params)
+            return apply_updates(params, *updated), updated[1]
+
+        weights, places = (state.params, state.optimizer), (state_layout.params, state_layout.optimizer)
+        params, optimizer_state = _once_if(is_finite, move, weights, places)
+        with jax.numpy_dtype_promotion("standard"):
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        updates, optimizer_state = updated
-        params = apply_updates(state.params, updates, optimizer_state)
+        nonfinite_in_a_row = jnp.where(is_finite, 0, state.nonfinite_in_a_row + 1)
         metrics = StepMetrics(
             loss=sums.losses.nll / tokens,
             divergence=sums.losses.divergence / tokens,
             tokens=tokens,
-            grad_norm=optax.tree.norm(gradients),
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
-            nonfinite_in_a_row=optimizer_state.notfinite_count,
+            nonfinite_in_a_row=nonfinite_in_a_row,
             oscillating=oscillation(optimizer_state),
             router=router_means(sums.losses) if ROUTER in table else {},
         )
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return TrainState(state.step + 1, params, optimizer_state, nonfinite_in_a_row), metrics
 
     # keep_unused: nothing reads the old values of quantized leaves, but the new ones take their place.
     state_shapes = jax.eval_shape(lambda: state.params)
@@ -245,3 +256,31 @@ def make_step(
         jax.jit(update, donate_argnums=0, keep_unused=True, out_shardings=(state_layout, whole)),
         teacher and teacher.weights,
     )
+
+
+def _once_if(condition: jax.Array, function: Callable[[Any], Any], carried: Any, layout: Any) -> Any:
+    """Return function(carried) if the condition holds, else `carried`, in its place in memory either way.
+
+    A loop of at most one turn, not `lax.cond`, whose outcome lies beside what it was given
+    (docs/decisions/0004-non-finite-steps.md). `layout`: the sharding of each array.
+    """
+
+    def turn(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros((), bool), _row_major_on_gpus(function(loop[1]), layout)
+
+    return jax.lax.while_loop(lambda loop: loop[0], turn, (condition, carried))[1]
+
+
+def _row_major_on_gpus(tree: Any, layout: Any) -> Any:
+    """Return `tree`; on a GPU its arrays have their axes in memory in the order that arguments of programs have.
+
+    There the compiler would have a loop carry transposed weights, whose maxima are found faster, and transpose whole
+    stacks before the loop and behind it. On each device by itself: what keeps an order doesn't know of shards.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if x.ndim > 1 else x
+
+    shardings, specs = jax.tree.leaves(layout), jax.tree.map(lambda leaf: leaf.spec, layout)
+    keep = jax.shard_map(partial(jax.tree.map, one), mesh=shardings[0].mesh, in_specs=(specs,), out_specs=specs)
+    return jax.lax.platform_dependent(tree, cuda=keep, default=lambda tree: tree)
