@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,17 @@ class Input:
     lies: PartitionSpec | None = None
     used: PartitionSpec | None = None
     trained: bool = False
+
+
+class Shared(NamedTuple):
+    """The input of several products, prepared for all of them: it is where they want it."""
+
+    prepared: Weight
+
+
+def unwrapped(x: Weight | Shared) -> Weight:
+    """Return an input of products, prepared or not."""
+    return x.prepared if isinstance(x, Shared) else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -17,7 +17,7 @@ from research.axes import AxisRules
 from research.model.attention import How, Sight, attend, attend_to_cache
 from research.model.attention_kernels import Kernel
 from research.model.experts import Mix, RouterSums, capacity, make_mix, mix, route
-from research.model.inputs import Input, prepare
+from research.model.inputs import Input, Shared, prepare, unwrapped
 from research.model.look_up import Places, look_up
 from research.model.parameters import HeadPlan, Parameter
 from research.model.product import Route
@@ -31,17 +31,6 @@ from research.quant.nodes import Quantized, Weight, dense
 
 # Keys (rotated) and values of all layers, each [l, b, s, k, h]; k counts padding and copies.
 Cache = tuple[Kept, Kept]
-
-
-class Shared(NamedTuple):
-    """The input of several products, prepared for all of them: it is where they want it."""
-
-    prepared: Weight
-
-
-def unwrapped(x: Weight | Shared) -> Weight:
-    """Return an input of products, prepared or not."""
-    return x.prepared if isinstance(x, Shared) else x
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.model.attention import Segments, mutual
-from research.model.layers import Settings, Shared, Slot, make_rotation, unwrapped
+from research.model.inputs import Shared, unwrapped
+from research.model.layers import Settings, Slot, make_rotation
 from research.model.transformer import Transformer, graph_of
 from research.quant.nodes import Weight, dense
 

@@ -75,7 +75,7 @@ def _plainly(job: Job, step: AbstractStep, anew: int) -> int:
     rounded = any(one.activation != "none" for one in products(job, step) if one.x == STREAM)
     streams = _streams(job, step) // (1 if rounded else 2)
     at_begin = int((0.7 if saves_products else 1.0) * anew) + streams
-    in_attention = (12 * queries if saves_products else anew // 2) + _scores(job, step)
+    in_attention = (12 * queries + streams if saves_products else anew // 2) + _scores(job, step)
     ring = 4 * queries + 8 * keys if layout.mesh["context"] > 1 else 0
     return _gathered_weights(job, step) // 2 + _copied_weights(job, step) + ring + max(at_begin, in_attention)
 
