@@ -210,7 +210,8 @@ def _head_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
 
     Logits of a chunk, shifted and exponentiated. Where the head is split over `d` it is gathered. Its gradient is whole
     where rows are split, and not where its sum will be; once more, where a chunk's is added to it; and once or, with a
-    table that is looked up, too, twice where it is summed over rows that `d` isn't split over.
+    table that is looked up, too, twice where it is summed over rows that `d` isn't split over. Several micro-batches
+    have it beside their sum when it is added, and from the beginning where chunks are added to it.
     """
     head, product = head_of(step.setup.table), next(p for p in products(job, step) if p.is_head)
     positions, layout, whole = chunk(job), layout_of(job, step), _gradient_bytes(step, [head], whole=True)
@@ -222,8 +223,9 @@ def _head_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
     rows, in_chunks = layout.split("ba", layout.rules.activations), chunks(job) > 1
     summed = any(axis != "stage" and axis not in product.gathered for axis in rows)
     copies = 2 if in_chunks and job.architecture.tied_head else 1
-    own = whole * (bool(rows) + bool(product.gathered)) + (_gradient_bytes(step, [head]) if step.given else 0)
-    return own + max(3 * logits, logits + whole * in_chunks, copies * whole * summed)
+    own, added = whole * (bool(rows) + bool(product.gathered)), _gradient_bytes(step, [head]) if step.given else 0
+    in_sum = added + copies * whole * summed
+    return own + max(3 * logits + added * in_chunks, logits + whole * in_chunks, in_sum)
 
 
 def update_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
