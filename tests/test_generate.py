@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models as tiny
+from flax import nnx
 from jax.sharding import Mesh
 
 from research.errors import UserError
 from research.model import generate as module
 from research.model.attention import Sight, in_order
 from research.model.generate import Sampling, generate, generate_batch
+from research.model.layers import Block
 from research.model.transformer import causal
 from research.model.unstacked import Unstacked, unstack_unrolled
 from research.quant.grid import GRIDS
@@ -118,6 +120,14 @@ def test_layers_with_weights_of_their_own_draw_the_same_tokens(policy: str) -> N
     model = _model(policy)
     found = generate(model.graph, _with_weights_of_their_own(model), PROMPT, max_tokens=12)
     assert list(found) == _greedy(model, PROMPT, 12)
+
+
+def test_layers_with_weights_of_their_own_are_traced_once(w8a8: tiny.Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, call = [], Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda self, *rest: traced.append(1) or call(self, *rest))
+    weights = _with_weights_of_their_own(w8a8)
+    jax.eval_shape(lambda: causal(nnx.merge(w8a8.graph, weights), jnp.asarray([PROMPT])))
+    assert len(traced) == 1
 
 
 def test_first_token_is_that_of_transformers() -> None:

@@ -96,6 +96,7 @@ class Transformer(nnx.Module):
 def _go_through(layer: Any, carry: Any, each: Sequence[Any]) -> tuple[Any, Any]:
     """Return what a scan would, of layers with weights of their own."""
     sums = []
+    layer = jax.jit(layer)  # traced once, not once for each layer
     for number, weights in enumerate(each):
         carry, of_layer = layer(carry, (weights, jnp.int32(number)))
         sums.append(of_layer)
