@@ -7,7 +7,7 @@ Gradients are rounded at random, right on average (docs/decisions/0025-int8-back
     Result:   macro-F1 0.408 (foundation) → 0.957, its int8 export the same; loss 0.016 (int8_tp4: 0.972, 0.020)
 """
 
-from research.config import Experiment, MeshConfig, OptimizerConfig, Rule, TrainConfig
+from research.config import Experiment, MeshConfig, Rule
 
 WHAT = "layers/(attention|mlp)/.*|(embed|head)/table_vd"
 
@@ -17,6 +17,4 @@ def get_config() -> Experiment:
     return Experiment(
         mesh=MeshConfig(tensor=4),
         quantization=(Rule(match=WHAT, weight="int8", activation="int8", backward="int8"),),
-        optimizer=OptimizerConfig(warmup_steps=15),
-        train=TrainConfig(steps=30),
     )

@@ -279,8 +279,9 @@ class OptimizerConfig:
     """Peak of the schedule."""
     final_fraction: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
-    warmup_steps: int = 5
-    """Optimizer steps of linear warm-up."""
+    warmup_steps: int = 15
+    """Optimizer steps of linear warm-up. Half of the default steps: at full rate the first batches, most of them one
+    class, teach that all are."""
     weight_decay: float = 0.01
     """Decoupled decay of the float32 latents; norms are not decayed."""
     b1: float = 0.9
@@ -322,7 +323,7 @@ INT8_KERNELS = ("xla", "pallas")
 class TrainConfig:
     """How long and in which arithmetic."""
 
-    steps: int = 20
+    steps: int = 30
     """Optimizer steps."""
     batch_size: int = 16
     """Examples per optimizer step, over all devices."""

@@ -33,7 +33,7 @@ def get_config():
         mesh=MeshConfig(tensor=2),
         task=TaskConfig(name="own_data", path="messages.jsonl", lengths=(64,), prompt="{{text}}"),
         quantization=(Rule(match="layers/(attention|mlp)/.*|embed/table_vd", weight="int8", activation="int8"),),
-        optimizer=OptimizerConfig(learning_rate=1e-2, final_fraction=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-2, final_fraction=1.0, warmup_steps=5),
         train=TrainConfig(steps={STEPS}, batch_size=8, accumulate=2),
         evaluation=EvaluationConfig(batch_size=8, bootstrap_samples=50),
         checkpoint=CheckpointConfig(every_steps=4),

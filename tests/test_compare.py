@@ -30,7 +30,7 @@ def get_config():
         corpus={CORPUS},
         schemes=(Scheme(name="int3 channel", quantization=(Rule(match="layers/.*", weight="int3"),)),),
         control=False,
-        optimizer=OptimizerConfig(learning_rate=2e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
         train=TrainConfig(steps=20, batch_size=4, accumulate=2, distill=1.0),
         score_batch=4,
         bootstrap_samples=200,

@@ -55,6 +55,9 @@ def test_what_a_compiler_says_of_memory() -> None:
     assert memory_message(RuntimeError(text)) == "needs 17.82GiB of the 15.75GiB that the compiler has for a program"
     other = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
     assert memory_message(RuntimeError(other)) == "needs 20.5GiB of the 15.75GiB that the compiler has for a program"
+    told = " HLO temp 14.45G (100.0% utilization: Unpadded (8.52G) Padded (8.52G), 41.0% fragmentation (5.93G))"
+    gaps = ", 5.93GiB of it gaps between arrays (41.0% of the temporary memory)"
+    assert str(memory_message(RuntimeError(other + told))).endswith("that the compiler has for a program" + gaps)
     assert memory_message(RuntimeError("INTERNAL: a bug")) is None
 
 

@@ -21,7 +21,7 @@ def get_config():
         treatments=("qat",),
         control=False,
         mesh=MeshConfig(fsdp=2, tensor=2),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
         train=TrainConfig(steps=3, batch_size=4, accumulate=1),
         score_batch=4,
         bootstrap_samples=50,

@@ -15,7 +15,7 @@ def get_config() -> Experiment:
         task=TaskConfig(name="own_data", path="configs/meshes/shed.jsonl", lengths=(64,), prompt="{text}", chat=False),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         quantization=(Rule(match="layers/(attention|mlp)/.*|embed/table_vd", weight="int8", activation="int8"),),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         train=TrainConfig(steps=10, accumulate=1),
         evaluation=EvaluationConfig(bootstrap_samples=200),
     )

@@ -119,4 +119,8 @@ def memory_message(error: Exception) -> str | None:
         return None
     numbers = re.search(r"\(([\d.]+[KMGT])\) exceeds available \w+ \(([\d.]+[KMGT])\)", text)
     used = numbers or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", text)
-    return f"needs {used[1]}iB of the {used[2]}iB that the compiler has for a program" if used else text[:200]
+    if used is None:
+        return text[:200]
+    lost = re.search(r"([\d.]+%) fragmentation \(([\d.]+[KMGT])\)", text)
+    gaps = f", {lost[2]}iB of it gaps between arrays ({lost[1]} of the temporary memory)" if lost else ""
+    return f"needs {used[1]}iB of the {used[2]}iB that the compiler has for a program{gaps}"
