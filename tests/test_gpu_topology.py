@@ -107,7 +107,7 @@ def test_a_large_model_takes_what_was_estimated(config: str, topology: str, trai
 
 
 def test_a_gpu_updates_in_place() -> None:
-    """No stack is transposed for the loop that the update is (`_row_major_on_gpus`)."""
+    """No stack is transposed for the loop that the update is (`_in_usual_order`)."""
     topology = open_topology("h100:8")
     devices = mesh_on(topology, tiny_plans.ONE | {"fsdp": 4, "tensor": 2})
     with jax.set_mesh(devices):

@@ -16,12 +16,16 @@ class Compiler:
         once.
       sums_wait: whether gradients wait for the end of the backward pass in their own dtype, and are then added to their
         sums in another tree.
+      coded_moments: float32 trees that the update takes where moments are kept in codes.
+      learned_scales: float32 trees that the gradients of learned scales take.
     """
 
     fuses: bool
     sums_wait: bool
+    coded_moments: float
+    learned_scales: float
 
 
-CPU = Compiler(fuses=False, sums_wait=False)
-GPU = Compiler(fuses=True, sums_wait=False)
-TPU = Compiler(fuses=True, sums_wait=True)
+CPU = Compiler(fuses=False, sums_wait=False, coded_moments=2.2, learned_scales=1.8)
+GPU = Compiler(fuses=True, sums_wait=False, coded_moments=1.5, learned_scales=0.7)
+TPU = Compiler(fuses=True, sums_wait=True, coded_moments=1.5, learned_scales=0.7)

@@ -235,11 +235,11 @@ def update_bytes(job: Job, step: AbstractStep, compiler: Compiler) -> int:
     their parameter (ZeRO) codes come back, of all leaves at a time, or floats, of which two of the largest leaf are
     whole.
     """
-    is_coded, learned = job.experiment.optimizer.moments == "int8", 0.7 if compiler.fuses else 1.8
+    coded = compiler.coded_moments if job.experiment.optimizer.moments == "int8" else 0.0
     latents, codes, floats = 0.0, 0, [0]
     for path, parameter in step.setup.table.items():
         form, held = step.setup.formats.get(path), _local_size(parameter, whole=False)
-        trees = 2.2 * is_coded + (learned if form is not None and form.rule.learn_scale else 0)
+        trees = coded + (compiler.learned_scales if form is not None and form.rule.learn_scale else 0.0)
         latents += trees * 4 * prod(parameter.shape) // prod(parameter.latent_shards)
         if parameter.latent_spec != parameter.spec and form is not None:
             codes += bytes_of(held, form.grid.code_dtype)

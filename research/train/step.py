@@ -24,6 +24,8 @@ from research.quant.state import oscillation
 from research.tasks.batches import Batch, most_texts
 from research.train.metrics import LossSums, distillation_sums, loss_sums
 
+TPU_LANES = 128
+
 
 class TrainState(NamedTuple):
     """What one step hands to the next.
@@ -266,21 +268,30 @@ def _once_if(condition: jax.Array, function: Callable[[Any], Any], carried: Any,
     """
 
     def turn(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return jnp.zeros((), bool), _row_major_on_gpus(function(loop[1]), layout)
+        return jnp.zeros((), bool), _in_usual_order(function(loop[1]), layout)
 
     return jax.lax.while_loop(lambda loop: loop[0], turn, (condition, carried))[1]
 
 
-def _row_major_on_gpus(tree: Any, layout: Any) -> Any:
-    """Return `tree`; on a GPU its arrays have their axes in memory in the order that arguments of programs have.
+def _in_usual_order(tree: Any, layout: Any) -> Any:
+    """Return `tree`, whose arrays have their axes in memory in the order that arguments of programs have.
 
-    There the compiler would have a loop carry transposed weights, whose maxima are found faster, and transpose whole
-    stacks before the loop and behind it. On each device by itself: what keeps an order doesn't know of shards.
+    Else compilers for accelerators have the loop carry transposed weights, whose maxima they find faster, and transpose
+    whole stacks before the loop and behind it. That order is row-major, but on a TPU only if the last axis fills the
+    lanes. On each device by itself: what keeps an order doesn't know of shards.
     """
 
-    def one(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if x.ndim > 1 else x
+    def row_major(tree: Any, narrowest: int) -> Any:
+        def one(x: jax.Array) -> jax.Array:
+            usual = x.ndim > 1 and x.shape[-1] >= narrowest
+            return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if usual else x
+
+        return jax.tree.map(one, tree)
 
     shardings, specs = jax.tree.leaves(layout), jax.tree.map(lambda leaf: leaf.spec, layout)
-    keep = jax.shard_map(partial(jax.tree.map, one), mesh=shardings[0].mesh, in_specs=(specs,), out_specs=specs)
-    return jax.lax.platform_dependent(tree, cuda=keep, default=lambda tree: tree)
+
+    def keep(narrowest: int) -> Any:
+        local = partial(row_major, narrowest=narrowest)
+        return jax.shard_map(local, mesh=shardings[0].mesh, in_specs=(specs,), out_specs=specs)
+
+    return jax.lax.platform_dependent(tree, cuda=keep(1), tpu=keep(TPU_LANES), default=lambda tree: tree)
