@@ -183,6 +183,13 @@ def test_a_target_that_differs_is_one_line_and_nothing_is_cast(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_another_version_saved_is_told_with_its_commit(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, 9, quiet) as checkpointer:
+        checkpointer.save(1, tiny(), {"versions": {"commit": "0123abc"}})
+    line = one_line(lambda: load(tmp_path / "00000001", "weights", {"v": tiny()["weights"]["w"]}))
+    assert line.endswith("with the config that it was saved with, and with the code: commit 0123abc")
+
+
 def test_what_can_not_be_saved_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, 1, quiet) as checkpointer:
         with pytest.raises(TypeError, match="weights: w is ndarray"):

@@ -302,7 +302,13 @@ def _require_equal(path: Path, item: str, saved: Mapping[str, Leaf], wanted: Map
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
             f"checkpoint {path}, item {item!r}: {problems[0]}{more}; load it with the config that it was saved with"
+            f"{_code_of(path)}"
         )
+
+
+def _code_of(path: Path) -> str:
+    commit = read_metadata(path).get("versions", {}).get("commit")
+    return f", and with the code: commit {commit}" if commit else ""
 
 
 def _unfinished_name(path: Path) -> Path:
