@@ -5,7 +5,7 @@ activations that they multiply are int8 per token: training computes the integer
 
     Command:  python scripts/finetune.py --config configs/int8_tp4.py
     Hardware: four CPU devices simulated on two cores, or four real ones
-    Result:   macro-F1 0.408 (foundation) → 0.972, its int8 export the same; 3 min 32 s on two cores
+    Result:   macro-F1 0.408 (foundation) → 0.972, its int8 export the same; 3 min 18 s on two cores
 """
 
 from research.config import Experiment, MeshConfig, Rule

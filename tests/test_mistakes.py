@@ -53,7 +53,7 @@ CONFIGS = {
     "returns nothing": ("def get_config():\n    pass", "returned None (is a `return` missing?)"),
     "returns something else": ("def get_config():\n    return {}", "returned a dict, not an Experiment"),
     "defines nothing": ("", "defines no function get_config()"),
-    "unknown field": (CONFIG.replace("steps=", "step="), "TrainConfig has no field 'step'; did you mean 'steps'"),
+    "unknown field": (CONFIG.replace("(steps=", "(step="), "TrainConfig has no field 'step'; did you mean 'steps'"),
     "rule that matches nothing": (CONFIG.replace("embed/", "embd/").replace("layers/(attention|mlp)/.*|", ""), "embd/"),
     "unknown grid": (CONFIG.replace('weight="int8"', 'weight="int7"'), "did you mean 'int8'"),
 }
