@@ -23,7 +23,7 @@ from research.quant import is_on_grid
 from research.quant.policy import path_of
 from research.quant.state import find
 from research.setup import put_batch
-from research.train.step import make_schedule, make_step
+from research.train.step import describe_warm_up, make_schedule, make_step
 
 MESHES = (
     {"data": 4},
@@ -295,3 +295,14 @@ def test_schedule_warms_up_and_decays() -> None:
     assert rates[0] == pytest.approx(1e-3 / 5) and rates[4] == pytest.approx(1e-3)
     assert all(low < high for low, high in zip(rates[:4], rates[1:5], strict=True))
     assert rates[20] == pytest.approx(1e-4)
+
+
+def test_a_warm_up_that_a_run_has_no_time_for_is_told() -> None:
+    config = OptimizerConfig(warmup_steps=9)
+    assert [describe_warm_up(config, steps) for steps in (10, 100)] == ["", ""]
+    for steps, told in ((9, "8 of 9 steps"), (1, "0 of 1 steps")):
+        expected = f"{told}, the last at the full rate: optimizer.warmup_steps=9 are more"
+        assert describe_warm_up(config, steps) == expected
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            rate = make_schedule(config, steps)(steps - 1)
+        assert float(rate) == pytest.approx(config.learning_rate)

@@ -59,7 +59,7 @@ from research.train.state import (
     restore_state,
     serving_weights,
 )
-from research.train.step import Teacher, TrainState, make_optimizer, make_state, make_step
+from research.train.step import Teacher, TrainState, describe_warm_up, make_optimizer, make_state, make_step
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def prepare(experiment: Experiment, console: Console) -> Job:
         say(console, "Positions", whole)
     if stages := describe_pipeline(experiment.train.batch_size // experiment.train.accumulate, mesh.shape):
         say(console, "Pipeline", stages)
+    if shorter := describe_warm_up(experiment.optimizer, experiment.train.steps):
+        say(console, "Warm-up", shorter)
     return Job(experiment, foundation, start, examples, setup, mesh, console, download_seconds)
 
 

@@ -63,7 +63,7 @@ def router_means(losses: LossSums) -> dict[str, jax.Array]:
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Return the learning rate by step: linear warm-up, then cosine down to a fraction of the peak."""
-    warmup = min(config.warmup_steps, steps - 1) if steps > 1 else 0
+    warmup = _warm_up(config, steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup + 1),
         peak_value=config.learning_rate,
@@ -71,6 +71,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay_steps=steps,
         end_value=config.learning_rate * config.final_fraction,
     )
+
+
+def describe_warm_up(config: OptimizerConfig, steps: int) -> str:
+    """Return what a run of so many steps makes of a longer warm-up, nothing where it isn't longer."""
+    if (warmup := _warm_up(config, steps)) == config.warmup_steps:
+        return ""
+    asked = f"optimizer.warmup_steps={config.warmup_steps} are more"
+    return f"{warmup} of {steps} steps, the last at the full rate: {asked}"
+
+
+def _warm_up(config: OptimizerConfig, steps: int) -> int:
+    return min(config.warmup_steps, steps - 1)
 
 
 def make_optimizer(
