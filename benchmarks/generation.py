@@ -22,8 +22,8 @@ import xllamacpp
 
 from research.config import MeshConfig
 from research.mesh import make_mesh, prepare_devices
+from research.model.for_tokens import laid_out_for_tokens
 from research.model.generate import generate
-from research.model.unstacked import unstack_unrolled
 from research.report import make_console, make_table
 from research.train.open_run import Opened, open_trained
 from research.train.serve import serve_trained
@@ -54,7 +54,7 @@ def engine_of(opened: Opened, ids: Sequence[int], tokens: int, unroll: int) -> C
     """Return what measures our tokens a second behind the prompt; its programs are compiled before."""
     experiment = replace(opened.experiment, train=replace(opened.experiment.train, unroll=unroll))
     served = serve_trained(opened, experiment, make_mesh(MeshConfig()))
-    weights = unstack_unrolled(served.setup.settings, served.weights)
+    weights = laid_out_for_tokens(served.setup.settings, served.weights)
 
     def rate() -> float:
         stream = generate(served.setup.graph, weights, ids, max_tokens=tokens)

@@ -11,8 +11,8 @@ from research.command_line import make_parser, parse_arguments
 from research.config import Experiment
 from research.errors import UserError, run_script
 from research.mesh import prepare_devices
+from research.model.for_tokens import laid_out_for_tokens
 from research.model.generate import Sampling, generate
-from research.model.unstacked import unstack_unrolled
 from research.processes import Processes, joined_processes
 from research.programs import keep_programs
 from research.report import make_console, say
@@ -69,7 +69,7 @@ def write(flags: Namespace, processes: Processes) -> None:
         room = served.setup.settings.architecture.context - len(ids)
         most = min(MOST_TOKENS, max(1, room)) if flags.max_tokens is None else flags.max_tokens
         graph, ends = served.setup.graph, tokenizer.end_ids
-        weights = unstack_unrolled(served.setup.settings, served.weights)
+        weights = laid_out_for_tokens(served.setup.settings, served.weights)
         tokens = generate(graph, weights, ids, max_tokens=most, end_ids=ends, sampling=sampling, seed=seed)
         count = 0
         for piece in text_pieces(tokenizer, ids, tokens):

@@ -24,9 +24,9 @@ from research.formats import compressed_tensors, huggingface, native
 from research.mesh import AXES, make_mesh
 from research.model.attention import in_order, mutual
 from research.model.experts import RouterSums, balance_loss, route, z_loss
+from research.model.for_tokens import laid_out_for_tokens
 from research.model.seam import einsum
 from research.model.transformer import causal
-from research.model.unstacked import unstack_unrolled
 from research.quant import is_on_grid
 from research.quant.optimizer import view
 from research.setup import put_batch
@@ -151,7 +151,7 @@ def test_unstacked_experts_tell_the_same_of_their_routers() -> None:
     forward = jax.jit(lambda w: nnx.merge(run.setup.graph, w).run(batch.tokens_bt, position_bt, sight))
     wanted = forward(stacks)
     settings = replace(run.setup.settings, unroll=run.setup.settings.architecture.layers)
-    found = forward(unstack_unrolled(settings, stacks))
+    found = forward(laid_out_for_tokens(settings, stacks))
     assert isinstance(found[2], RouterSums)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)  # no code flips
 

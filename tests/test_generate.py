@@ -13,13 +13,15 @@ import tiny_models as tiny
 from flax import nnx
 from jax.sharding import Mesh
 
+from research.config import Rule
 from research.errors import UserError
 from research.model import generate as module
 from research.model.attention import Sight, in_order
+from research.model.for_tokens import Unstacked, laid_out_for_tokens
 from research.model.generate import Sampling, generate, generate_batch
 from research.model.layers import Block
+from research.model.product import ColumnsFirst
 from research.model.transformer import causal
-from research.model.unstacked import Unstacked, unstack_unrolled
 from research.quant.grid import GRIDS
 
 pytestmark = pytest.mark.optimized
@@ -98,21 +100,70 @@ def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> 
     assert np.abs(np.concatenate(found) - expected_tv).max() < 5e-6 * np.abs(expected_tv).max()
 
 
+def _laid_out(model: tiny.Tiny, unroll: int = 1) -> dict[str, Any]:
+    """A copy of the model's weights, as generation likes them."""
+    return laid_out_for_tokens(replace(model.settings, unroll=unroll), jax.tree.map(jnp.copy, model.served))
+
+
 def _with_weights_of_their_own(model: tiny.Tiny) -> dict[str, Any]:
     """The model's weights, unstacked."""
-    stacks = jax.tree.map(jnp.copy, model.served)
-    weights = unstack_unrolled(replace(model.settings, unroll=2), stacks)
-    assert all(x.is_deleted() for x in jax.tree.leaves(stacks["layers"]))
-    return weights
+    return _laid_out(model, unroll=2)
 
 
-def test_only_weights_of_unrolled_layers_are_unstacked(w8a8: tiny.Tiny) -> None:
-    stacks = w8a8.served
-    assert unstack_unrolled(w8a8.settings, stacks) is stacks
+def _leaves(tree: Any, kind: type) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]
+
+
+def test_only_layers_that_are_unrolled_have_weights_of_their_own(w8a8: tiny.Tiny) -> None:
+    assert not _leaves(_laid_out(w8a8), Unstacked)
     weights = _with_weights_of_their_own(w8a8)
     layers = jax.tree.leaves(weights.pop("layers"), is_leaf=lambda x: isinstance(x, Unstacked))
     assert {len(x.arrays) for x in layers} == {2}
-    jax.tree.map(np.testing.assert_array_equal, weights, {name: stacks[name] for name in weights})
+    jax.tree.map(np.testing.assert_array_equal, weights, {name: w8a8.served[name] for name in weights})
+
+
+def test_stacks_are_deleted_as_they_are_laid_out_anew(w8a8: tiny.Tiny) -> None:
+    stacks = jax.tree.map(jnp.copy, w8a8.served)
+    laid_out_for_tokens(replace(w8a8.settings, unroll=2), stacks)
+    assert all(x.is_deleted() for x in jax.tree.leaves(stacks["layers"]))
+
+
+MULTIPLIED_AS_INTEGERS = (
+    Rule(match=".*", weight="int8", activation="int8"),
+    Rule(match=".*", weight="int4", granularity="group:4", activation="int8:group:4"),
+    Rule(match=".*", weight="int8", activation="int8:static:ema"),
+    Rule(match=".*", weight="q4_1", granularity="group:4", activation="int8"),
+)
+MESHES: tuple[dict[str, int], ...] = ({}, {"fsdp": 2, "tensor": 4}, {"stage": 2, "tensor": 2})
+
+
+@pytest.mark.parametrize(
+    "rule, sizes",
+    [
+        pytest.param(rule, sizes, id=f"{rule.weight} {rule.activation} {sizes}", marks=SLOW if number or sizes else ())
+        for number, rule in enumerate(MULTIPLIED_AS_INTEGERS)
+        for sizes in MESHES
+    ],
+)
+def test_weights_with_their_columns_first_give_the_same_bits(
+    rule: Rule, sizes: dict[str, int], mesh_of: Callable[..., Mesh]
+) -> None:
+    """Of every product that multiplies integers: seven in a layer, and the tied table lies so as it is."""
+    mesh = mesh_of(**sizes)
+    model = tiny.make(replace(tiny.GQA_10_2, feed_forward=64), (rule,), mesh)  # of groups of four
+    tokens_bt = np.random.default_rng(4).integers(0, 67, (2, 15)).astype(np.int32)
+    with jax.set_mesh(mesh):
+        weights = _laid_out(model)
+        found = jax.jit(lambda w: causal(nnx.merge(model.graph, w), tokens_bt))(weights)
+        expected = jax.jit(lambda w: causal(model.model(w), tokens_bt))(model.served)
+    assert len(_leaves(weights, ColumnsFirst)) == 7
+    assert weights["layers"]["mlp"]["down_fd"].weight.codes.shape[1] == tiny.GQA_10_2.width
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_that_are_multiplied_as_floats_stay_as_they_are() -> None:
+    for rules in (tiny.FLOAT, (Rule(match=".*", weight="int8"),), (Rule(match=".*", weight="fp16"),)):
+        assert not _leaves(_laid_out(tiny.make(tiny.GQA_10_2, rules)), ColumnsFirst)
 
 
 @pytest.mark.parametrize("policy", ["float", "w8a8"])
@@ -198,7 +249,8 @@ def test_meshes_draw_the_same_tokens_and_split_the_cache(
         apart = _with_weights_of_their_own(sharded)
         again = list(generate(sharded.graph, apart, PROMPT, max_tokens=10, sampling=DRAWN, seed=3))
     for whole, x in zip(jax.tree.leaves(sharded.served["layers"]), jax.tree.leaves(apart["layers"])[::2], strict=True):
-        assert x.sharding.shard_shape(x.shape) == whole.sharding.shard_shape(whole.shape)[1:]
+        _, *shard = whole.sharding.shard_shape(whole.shape)
+        assert sorted(x.sharding.shard_shape(x.shape)) == sorted(shard)
     for part in jax.tree.leaves([caches[0], caches[-1]]):
         *split, width = part.shape
         assert split == [2, 2, 64, 4]  # two layers, a row for each of fsdp=2, two kv heads for four devices

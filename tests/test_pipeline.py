@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
@@ -14,9 +15,9 @@ from research.architecture import Architecture
 from research.config import MeshConfig, Rule, TrainConfig
 from research.errors import UserError
 from research.mesh import make_mesh
+from research.model.for_tokens import Unstacked, laid_out_for_tokens
 from research.model.generate import generate
 from research.model.pipeline import bubble, count_pieces
-from research.model.unstacked import unstack_unrolled
 from research.quant import is_on_grid
 from research.quant.grid import GRIDS
 from research.setup import put_batch
@@ -87,6 +88,8 @@ def test_stages_draw_the_tokens_of_one_device(kv_cache: str | None) -> None:
 def _tokens(architecture: Architecture, mesh: Any, kv_cache: str | None) -> list[int]:
     model = tiny_models.make(architecture, tiny_models.FLOAT, mesh, kv_grid=GRIDS.get(kv_cache or ""))
     with jax.set_mesh(mesh or make_mesh(MeshConfig())):
-        served = model.served
-        assert mesh is None or unstack_unrolled(replace(model.settings, unroll=architecture.layers), served) is served
+        settings = replace(model.settings, unroll=architecture.layers)
+        served = laid_out_for_tokens(settings, jax.tree.map(jnp.copy, model.served))
+        leaves = jax.tree.leaves(served, is_leaf=lambda x: isinstance(x, Unstacked))
+        assert any(isinstance(x, Unstacked) for x in leaves) == (mesh is None)
         return list(generate(model.graph, served, [3, 1, 4, 1, 5], max_tokens=8))

@@ -16,8 +16,8 @@ from research.benchmark.profile import profile
 from research.config import Experiment
 from research.environment import peak_host_bytes, versions
 from research.mesh import least_devices, make_mesh, prepare_devices
+from research.model.for_tokens import laid_out_for_tokens
 from research.model.generate import generate_batch
-from research.model.unstacked import unstack_unrolled
 from research.plan.hardware import product_rate
 from research.plan.measure import RandomSteps
 from research.plan.program import Job
@@ -174,7 +174,7 @@ def _peak_bytes() -> int:
 
 def _generation(request: Request, steps: RandomSteps) -> dict[str, Any]:
     """Return the speed of prefill and of the tokens after it, from stored codes."""
-    weights = unstack_unrolled(steps.setup.settings, serving_weights(encoded_weights(steps.state)))
+    weights = laid_out_for_tokens(steps.setup.settings, serving_weights(encoded_weights(steps.state)))
     length = request.job.length
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, request.architecture.vocabulary, (request.prompts, length)).tolist()

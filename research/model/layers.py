@@ -20,7 +20,7 @@ from research.model.experts import Mix, RouterSums, capacity, make_mix, mix, rou
 from research.model.inputs import Input, Shared, prepare, unwrapped
 from research.model.look_up import Places, look_up
 from research.model.parameters import HeadPlan, Parameter
-from research.model.product import Route
+from research.model.product import ColumnsFirst, Route
 from research.model.seam import einsum
 from research.model.sharding import axes_of, place, ways_of, whole
 from research.model.shared_heads import Copies, repeat_heads
@@ -114,7 +114,10 @@ class Settings:
         In `dtype`, by default `compute_dtype`.
         """
         factors, result = subscripts.split("->")
-        x_axes, w_axes = factors.split(",")
+        x_axes, named = factors.split(",")
+        w, w_axes = weight(param), named
+        if isinstance(w, ColumnsFirst):
+            w, w_axes = w.weight, "".join(sorted(named, key=x_axes.__contains__))
         is_shared, x = isinstance(x, Shared), unwrapped(x)
         t = (x.codes if isinstance(x, Quantized) else x).shape[1]
 
@@ -122,18 +125,20 @@ class Settings:
             return self.residual(t) if letters == "btd" else self.spec(letters, t)
 
         parameter = self.table[path]
+        split = dict(zip(named, parameter.spec[-len(named) :], strict=True))  # inside a layer, without its `l`
         is_repeated = parameter.leaf.is_router or (self.heads.copies > 1 and "k" in w_axes)
         route = Route(
             x=None if is_shared else lies(x_axes),
             x_used=self.spec(x_axes, t),
-            w=PartitionSpec(*parameter.spec[-len(w_axes) :]),  # inside a layer, without its `l`
+            w=PartitionSpec(*map(split.get, w_axes)),
             w_used=self.spec(w_axes),
             y=lies(result),
             repeated=axes_of(self.spec("n")[0]) if is_repeated else None,
         )
         activation, kind = self.activations.get(path, "none"), jnp.dtype(dtype or self.compute_dtype)
         kernel = self.int8_kernel
-        return einsum(subscripts, x, weight(param), activation=activation, dtype=kind, route=route, kernel=kernel)
+        subscripts = f"{x_axes},{w_axes}->{result}"
+        return einsum(subscripts, x, w, activation=activation, dtype=kind, route=route, kernel=kernel)
 
 
 def weight(param: nnx.Param) -> Weight:

@@ -10,6 +10,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from research.model.sharding import explicit, per_device, reshape, ways_of
+from research.quant.nodes import Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ColumnsFirst:
+    """A weight that has the axes which its product keeps before those that it sums over, whatever its name tells."""
+
+    weight: Quantized
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from research.architecture import Architecture
 from research.axes import AxisRules
 from research.model.attention import Sight, in_order, mutual
 from research.model.experts import RouterSums
+from research.model.for_tokens import layers_of
 from research.model.layers import Block, Cache, Embedding, RMSNorm, Settings, Slot, make_rotation
 from research.model.parameters import parameter_table, plan_heads
 from research.model.pipeline import through_stages
 from research.model.seam import SAVED
 from research.model.sharding import whole_layers
-from research.model.unstacked import layers_of
 from research.quant.policy import Policy
 
 
