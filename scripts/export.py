@@ -107,7 +107,7 @@ def write(opened: Opened, setup: Setup, output: Path, format: str, type: str | N
         write_directory = write_huggingface if format == "huggingface" else write_compressed_tensors
         return write_directory(output, leaves, *model, type, opened.metadata)
 
-    return write_stored(weights, setup, opened.step, write_other) or ()
+    return write_stored(weights, setup, opened.updates, write_other) or ()
 
 
 def default_output(opened: Opened, format: str, type: str | None) -> Path:

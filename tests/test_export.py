@@ -22,7 +22,7 @@ from research.quant.nodes import stored
 from research.quant.policy import path_of
 from research.setup import Setup, make_setup
 from research.train.export import place_export, write_export
-from research.train.state import WEIGHTS, encoded_weights, restore_weights
+from research.train.state import WEIGHTS, encoded_weights, progress_of, restore_weights
 
 pytestmark = pytest.mark.optimized
 
@@ -136,13 +136,17 @@ def test_an_export_that_is_not_as_its_config_says_is_refused(tmp_path: Path) -> 
 def test_an_export_on_the_way_to_the_last_grid_says_so(tmp_path: Path) -> None:
     rules = (Rule(match=".*", weight="int4", earlier=("int8:2",)),)
     run = tiny.start(rules)
-    for step, name in ((0, "int8/channel"), (2, "int4/channel")):
-        run.advance(step)
+
+    def leave_two_out() -> None:  # grids go by updates
+        run.leave_a_step_out(), run.leave_a_step_out()
+
+    for go_on, name in ((leave_two_out, "int8/channel"), (lambda: run.advance(2), "int4/channel")):
+        go_on()
         encoded = encoded_weights(run.state)
         up = encoded["layers"]["mlp"]["up_df"]
         np.testing.assert_array_equal(stored(up).codes.astype(jnp.int8), up.codes)  # int8 codes don't fit in four bits
-        folder = tmp_path / str(step)
-        metadata = metadata_on({}, rules) | {"step": step}
+        metadata = metadata_on({}, rules) | progress_of(run.state)
+        folder = tmp_path / str(metadata["step"])
         write_export(folder, encoded, run.setup, tiny.ARCHITECTURE, byte_level(), metadata)
         export = native.read(folder)
         leaf = export.leaves["layers/mlp/up_df"]

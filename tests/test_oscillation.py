@@ -20,14 +20,15 @@ pytestmark = pytest.mark.optimized
 
 D, O, STEPS = 32, 4, 12  # noqa: E741 (axis letters)
 MOMENTUM, THRESHOLD = 0.1, 0.25
-ROWS = {"axes": "do", "contract": "d", "oscillation_momentum": MOMENTUM}
+PLAIN_ROWS = {"axes": "do", "contract": "d"}
+ROWS = PLAIN_ROWS | {"oscillation_momentum": MOMENTUM}
 RULES = {
     "tracked": Rule(match="tracked", weight="int4", track_oscillation=True, **ROWS),
     "frozen": Rule(match="frozen", weight="int4", freeze_above=THRESHOLD, **ROWS),
     "odd": Rule(match="odd", weight="int2", freeze_above=THRESHOLD, latent="bfloat16", **ROWS),
     "staged": Rule(match="staged", weight="int3", earlier=("int4:7",), freeze_above=THRESHOLD, **ROWS),
     "late": Rule(match="late", weight="int4", end_step=4, track_oscillation=True, **ROWS),
-    "plain": Rule(match="plain", weight="int4", **ROWS),
+    "plain": Rule(match="plain", weight="int4", **PLAIN_ROWS),
 }
 
 

@@ -91,6 +91,15 @@ class Run:
                 found.append(jax.tree.map(float, metrics))
         return found
 
+    def leave_a_step_out(self) -> StepMetrics:
+        """Take a step whose gradient is not a number, and return its metrics."""
+        norm = self.state.params["norm"]["scale_d"]
+        kept = np.asarray(norm)
+        self.state.params["norm"]["scale_d"] = jnp.full_like(norm, jnp.nan)
+        (metrics,) = self.advance_metrics(1)
+        self.state.params["norm"]["scale_d"] = jax.device_put(kept, norm.sharding)
+        return metrics
+
 
 # Adam divides by the root of the second moment: where a gradient is nothing but rounding noise, the default epsilon
 # turns noise into a whole step of the learning rate. A larger one keeps comparisons of weights well-conditioned.

@@ -1,7 +1,7 @@
 """Rules: which tensor gets which grid, and the table that shows it. A rule that matches nothing is an error."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -84,15 +84,15 @@ class Policy:
         """Return the format of every parameter that is quantized, by path.
 
         Vectors and scalars (norms, biases) and routers stay float whatever matches them. Raises `UserError` for a rule
-        that no path matches, and for a granularity that the shape or the mesh does not allow.
+        that no path matches, or nothing but what stays float, and for a granularity that the shape or the mesh does not
+        allow.
         """
         matched = {path: rule for path in shapes if (rule := self.rule(path)) is not None}
+        unseen = dict.fromkeys(shapes)
         for rule in self.rules:
-            if rule not in matched.values():
-                raise UserError(
-                    f"quantization rule match={rule.match!r} is the first match of no parameter"
-                    + nearest(rule.match, shapes)
-                )
+            first = [path for path in unseen if re.fullmatch(rule.match, path)]
+            self._require_matches(rule, first, shapes)
+            unseen = {path: None for path in unseen if path not in first}
         formats = {}
         for path, rule in matched.items():
             grid, leaf = GRIDS[rule.weight], _leaf(path, shapes[path], rule, self.leaves.get(path))
@@ -103,6 +103,21 @@ class Policy:
                 continue
             formats[path] = _format(path, shapes[path], rule, grid, leaf)
         return formats
+
+    def _require_matches(self, rule: Rule, paths: Sequence[str], shapes: Mapping[str, Shape]) -> None:
+        """Raise `UserError` unless `rule`, the first match of `paths`, says something of one of them."""
+        if not paths:
+            raise UserError(
+                f"quantization rule match={rule.match!r} is the first match of no parameter"
+                + nearest(rule.match, shapes)
+            )
+        leaves = {path: _leaf(path, shapes[path], rule, self.leaves.get(path)) for path in paths}
+        says_float = GRIDS[rule.weight].is_identity and rule.activation == "none"
+        if not says_float and not any(_is_matrix(leaf, shapes[path]) for path, leaf in leaves.items()):
+            raise UserError(
+                f"quantization rule match={rule.match!r} would have no effect: {paths[0]} stays float, as all norms,"
+                " biases and routers do, and it is the first match of nothing else; leave it out"
+            )
 
     def activation(self, path: str) -> str:
         """Return the grid of the activation that the weight at `path` multiplies, as in `Rule.activation`."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import chain
 
 from research.config import Rule
@@ -21,6 +22,7 @@ def check(rule: Rule) -> None:
         _about_scale(rule),
         _about_groups(rule),
         _about_learning(rule),
+        _about_effect(rule),
         _about_backward(rule),
         _about_schedule(rule),
     )
@@ -90,11 +92,12 @@ def _about_groups(rule: Rule) -> Iterator[str]:
 
 def _about_learning(rule: Rule) -> Iterator[str]:
     grid = GRIDS[rule.weight]
-    if rule.learn_scale and grid.calibration not in ("absmax", "absmean"):
-        yield (
-            f"learn_scale=True, but {rule.weight} has no scale that is positive and free; take int8, int4, int3, int2"
-            " or ternary"
-        )
+    for name in _grids(rule):
+        if rule.learn_scale and GRIDS[name].calibration not in ("absmax", "absmean"):
+            yield (
+                f"learn_scale=True, but {name} has no scale that is positive and free; take int8, int4, int3, int2"
+                " or ternary"
+            )
     if (rule.recalibrate_every, rule.hysteresis) != (1, 0) and (rule.learn_scale or grid.calibration == "cast"):
         reason = "learn_scale=True trains the scale" if rule.learn_scale else f"{rule.weight} has no scale"
         yield (
@@ -103,6 +106,24 @@ def _about_learning(rule: Rule) -> Iterator[str]:
         )
     if rule.latent != "float32" and grid.is_identity:
         yield f"latent={rule.latent!r} would have no effect: fp32 has no latents; leave it out"
+
+
+def _about_effect(rule: Rule) -> Iterator[str]:
+    grid, idle = GRIDS[rule.weight], {}
+    if not grid.is_scaled:
+        idle |= dict.fromkeys(("granularity", "scale"), f"{rule.weight} has no scale")
+    if grid.is_identity:
+        idle |= dict.fromkeys(("estimator", "end_step", "anneal"), f"{rule.weight} is no grid to land on")
+    if rule.anneal == "none":
+        idle["begin_step"] = "anneal='none' leaves a tensor float until end_step"
+    if not rule.counts_oscillation:
+        idle["oscillation_momentum"] = "nothing is counted without track_oscillation or freeze_above"
+    if not rule.oscillation_momentum:
+        idle["freeze_above"] = "oscillation_momentum=0 never counts one"
+    defaults = {field.name: field.default for field in fields(Rule)}
+    for name, reason in idle.items():
+        if (value := getattr(rule, name)) != defaults[name]:
+            yield f"{name}={value!r} would have no effect: {reason}; leave it out"
 
 
 def _about_backward(rule: Rule) -> Iterator[str]:

@@ -19,8 +19,9 @@ from research.quant.policy import Format, leaves_by_path
 from research.quant.stages import stage_of
 from research.setup import Setup
 from research.tokenizer import Tokenizer
+from research.train.state import updates_of
 
-_METADATA = ("experiment", "foundation", "task", "step")
+_METADATA = ("experiment", "foundation", "task", "step", "updates")
 _Written = TypeVar("_Written")
 
 
@@ -41,29 +42,29 @@ class _Leaves(Mapping[str, native.Leaf]):
         return len(self.paths)
 
 
-def stored_leaves(encoded: Any, setup: Setup, step: int) -> Mapping[str, native.Leaf]:
+def stored_leaves(encoded: Any, setup: Setup, updates: int) -> Mapping[str, native.Leaf]:
     """Return stored parameters (`Encoded` or float leaves on a mesh) by path, as host arrays without padding.
 
-    `step`: updates that they have seen, which says of what grid codes are. Each access fetches that leaf, in which all
+    `updates`: how many they have seen, which says of what grid codes are. Each access fetches that leaf, in which all
     processes have to take part, and keeps nothing.
     """
     leaves = leaves_by_path(encoded, is_encoded)
-    return _Leaves(tuple(leaves), partial(_fetch, leaves, setup, step))
+    return _Leaves(tuple(leaves), partial(_fetch, leaves, setup, updates))
 
 
 def write_stored(
-    encoded: Any, setup: Setup, step: int, write: Callable[[Mapping[str, native.Leaf]], _Written]
+    encoded: Any, setup: Setup, updates: int, write: Callable[[Mapping[str, native.Leaf]], _Written]
 ) -> _Written | None:
     """Let the first process write stored parameters, and return what `write` does, on all others None.
 
     `write` is given what `stored_leaves` returns. No process ever holds more than one leaf on the host.
     """
-    leaves = stored_leaves(encoded, setup, step)
+    leaves = stored_leaves(encoded, setup, updates)
     paths = tuple(leaves)
     return first_fetching(paths, leaves.__getitem__, lambda fetch: write(_Leaves(paths, fetch)))
 
 
-def _fetch(leaves: Mapping[str, Any], setup: Setup, step: int, path: str) -> native.Leaf:
+def _fetch(leaves: Mapping[str, Any], setup: Setup, updates: int, path: str) -> native.Leaf:
     """Return a stored parameter as host arrays of its logical shape."""
     leaf, table = leaves[path], setup.table
     if not isinstance(leaf, Encoded):
@@ -75,15 +76,15 @@ def _fetch(leaves: Mapping[str, Any], setup: Setup, step: int, path: str) -> nat
     return native.StoredLeaf(
         codes=unplace(f"{path}/codes", leaf.codes, table),
         scale=part("scale", leaf.scale),
-        format=_name(setup.formats[path], step),
+        format=_name(setup.formats[path], updates),
         offset=part("offset", leaf.offset),
         input_scale=part("input_scale", leaf.input_scale),
     )
 
 
-def _name(form: Format, step: int) -> str:
-    """Return the format at a step as the export's table spells it: "int8/channel", "fp16"."""
-    form = stage_of(form, step)
+def _name(form: Format, updates: int) -> str:
+    """Return the format after so many updates as the export's table spells it: "int8/channel", "fp16"."""
+    form = stage_of(form, updates)
     return f"{form.grid.name}/{form.granularity}" if form.grid.is_scaled else form.grid.name
 
 
@@ -99,24 +100,24 @@ def write_export(
 
     `metadata`: a checkpoint's; what doesn't depend on the mesh and the machine goes into the export.
     """
-    kept = {key: metadata[key] for key in _METADATA}
+    kept = {key: metadata[key] for key in _METADATA if key in metadata}
 
     def write(leaves: Mapping[str, native.Leaf]) -> None:
         native.write(directory, leaves, architecture, tokenizer, kept)
 
-    write_stored(encoded, setup, metadata["step"], write)
+    write_stored(encoded, setup, updates_of(metadata), write)
 
 
 def place_export(export: native.Export, setup: Setup) -> Any:
     """Return an export's parameters on the mesh of `setup`: the tree that `write_export` was given, bit for bit."""
-    step = export.metadata["step"]
-    return tree_of({path: _place(path, export.leaves[path], setup, step) for path in setup.table})
+    updates = updates_of(export.metadata)
+    return tree_of({path: _place(path, export.leaves[path], setup, updates) for path in setup.table})
 
 
-def _place(path: str, leaf: native.Leaf, setup: Setup, step: int) -> Any:
+def _place(path: str, leaf: native.Leaf, setup: Setup, updates: int) -> Any:
     form = setup.formats.get(path)
     found = None if isinstance(leaf, np.ndarray) else leaf.format
-    expected = None if form is None else _name(form, step)
+    expected = None if form is None else _name(form, updates)
     if found != expected:
         raise UserError(f"{path} is {found or 'float'} in the export, and its config says {expected or 'float'}")
     if isinstance(leaf, np.ndarray):

@@ -55,6 +55,7 @@ from research.train.state import (
     checkpoint_items,
     checkpoint_metadata,
     encoded_weights,
+    progress_of,
     require_same_run,
     restore_state,
     serving_weights,
@@ -254,7 +255,7 @@ def _train(job: Job, folder: RunFolder, copy: RunCopy | None, resume: bool) -> T
             batches,
             log=log,
             save=lambda state, score: checkpointer.save(
-                int(state.step), checkpoint_items(state), job.metadata | {"step": int(state.step)}, score=score
+                int(state.step), checkpoint_items(state), job.metadata | progress_of(state), score=score
             ),
             validate=_validation(job) if experiment.evaluation.every_steps else None,
             console=job.console,
@@ -326,7 +327,7 @@ def _score_trained(job: Job, folder: RunFolder, state: TrainState) -> dict[str, 
     scores = {"finetuned": _score_test(job, "Scoring the fine-tuned model", job.setup, score, serving_weights(encoded))}
     directory = folder.path / "export"
     first_alone(lambda: shutil.rmtree(directory, ignore_errors=True))  # made from the state, and made anew
-    metadata = job.metadata | {"step": int(state.step)}
+    metadata = job.metadata | progress_of(state)
     write_export(directory, encoded, job.setup, job.start.architecture, job.start.tokenizer, metadata)
     say(job.console, "Export", f"{directory}: {(directory / native.WEIGHTS).stat().st_size:,} bytes of weights")
     del encoded

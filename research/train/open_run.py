@@ -27,7 +27,7 @@ from research.tokenizer import Tokenizer
 from research.train.checkpoint import newest_whole, read_metadata, verify
 from research.train.export import place_export
 from research.train.manifest import MANIFEST
-from research.train.state import OPTIMIZER, WEIGHTS, architecture_of, restore_weights, tokenizer_of
+from research.train.state import OPTIMIZER, WEIGHTS, architecture_of, restore_weights, tokenizer_of, updates_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Opened:
     def experiment(self) -> Experiment:
         """The experiment that made it."""
         return from_json(self.metadata["experiment"], f"metadata of {self.path}")
+
+    @property
+    def updates(self) -> int:
+        """Steps that its weights have taken, of `step`."""
+        return updates_of(self.metadata)
 
     @property
     def step(self) -> int:

@@ -75,6 +75,20 @@ def checkpoint_metadata(experiment: Experiment, foundation: Foundation, task: Ta
     }
 
 
+def progress_of(state: TrainState) -> dict[str, int]:
+    """Return how far a state is, for the metadata of what is saved of it.
+
+    `step` counts steps that were left out, too, because a gradient wasn't finite; `updates`, which number formats go
+    by, doesn't.
+    """
+    return {"step": int(state.step), "updates": int(find(state.optimizer).count)}
+
+
+def updates_of(metadata: Mapping[str, Any]) -> int:
+    """Return the updates that saved weights have seen; before they were saved, all steps were counted as taken."""
+    return metadata.get("updates", metadata["step"])
+
+
 def question(task: Task) -> dict[str, Any]:
     """Return what a task asks and what can be answered: enough to ask the model without the task's data."""
     return {"name": task.name, "prompt": task.prompt, "labels": list(task.labels)}

@@ -20,7 +20,7 @@ from research.quant.moments import moment_blocks, scale_by_adam_8bit
 from research.quant.nodes import Encoded
 from research.quant.optimizer import apply_updates, project, quantize, view
 from research.quant.policy import Policy, path_of
-from research.quant.state import oscillation
+from research.quant.state import find, oscillation
 from research.tasks.batches import Batch, most_texts
 from research.train.metrics import LossSums, distillation_sums, loss_sums
 
@@ -248,7 +248,7 @@ def make_step(
         weights, places = (state.params, state.optimizer), (state_layout.params, state_layout.optimizer)
         params, optimizer_state = _once_if(is_finite, move, weights, places)
         with jax.numpy_dtype_promotion("standard"):
-            learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+            learning_rate = jnp.asarray(schedule(find(state.optimizer).count), jnp.float32)
         nonfinite_in_a_row = jnp.where(is_finite, 0, state.nonfinite_in_a_row + 1)
         metrics = StepMetrics(
             loss=sums.losses.nll / tokens,
