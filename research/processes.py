@@ -175,16 +175,31 @@ def require_one_process(script: str) -> None:
         raise UserError(f"{script} runs in one process, and {launch.by} started several; start it once, without srun")
 
 
+_OWN_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""Statuses of what a process fails with by itself: no memory, or a program that can't be."""
+
+
 def is_loss(error: BaseException | None) -> bool:
     """Whether `error` is what JAX raises where another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    is_runtime = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_OWN_FAILURES)
+    return is_runtime and jax.process_count() > 1
 
 
-def any_process(flag: bool) -> bool:
-    """Return whether `flag` holds in any process; all have to ask."""
+def any_process(flag: bool, error: Exception | None = None) -> bool:
+    """Return whether `flag` holds in any process; all have to ask.
+
+    Raise `error`, and on all of them if one has an error.
+    """
+    if error is not None and jax.process_count() == 1:
+        raise error
     if jax.process_count() == 1:
         return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    found = multihost_utils.process_allgather(np.array([flag, error is not None]))
+    if error is not None:
+        raise error
+    if found[:, 1].any():
+        raise UserError(f"process {jax.process_index()} stops because another one failed; its output says why")
+    return bool(found[:, 0].any())
 
 
 def from_first(number: int) -> int:
@@ -194,11 +209,7 @@ def from_first(number: int) -> int:
 
 def raise_together(error: Exception | None) -> None:
     """Raise `error`; with several processes, raise on all of them if one has an error. Also a barrier."""
-    failed = any_process(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise UserError(f"process {jax.process_index()} stops because another one failed; its output says why")
+    any_process(False, error)
 
 
 def first_alone(action: Callable[[], _Result]) -> _Result | None:

@@ -136,7 +136,9 @@ def local_path(name: str, cache: Path | None = None, report: Report = print, lea
         raise UserError(f"{name}: nothing is there")
     wanted = {file: entry for file, entry in found.items() if not set(leave_out) & set(file.split("/")[:-1])}
     cache = default_cache() if cache is None else Path(cache)
-    copy = cache / "stores" / re.sub(r"://", "/", store.url)
+    # A tree for each URL: what is in a folder is all of what is at its URL, and none of what was at one below it.
+    own = hashlib.blake2b(store.url.encode(), digest_size=8).hexdigest()
+    copy = cache / "stores" / own / re.sub(r"://", "/", store.url)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(copy, "lock")):

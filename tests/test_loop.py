@@ -158,7 +158,7 @@ def test_checkpoints_lines_and_validations_come_when_due_and_at_the_end() -> Non
 
 def test_a_stop_that_another_process_was_asked_for_stops_this_one(monkeypatch) -> None:
     asked = iter([False, True])
-    monkeypatch.setattr("research.train.loop.any_process", lambda here: here or next(asked))
+    monkeypatch.setattr("research.train.loop.any_process", lambda here, _: here or next(asked))
     seen = Recorder()
     trained = seen.run(experiment(5))
     assert trained.stopped and seen.saved == [(2, None)]

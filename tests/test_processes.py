@@ -21,6 +21,7 @@ from research.config import MeshConfig
 from research.errors import Lost, UserError
 from research.mesh import make_mesh
 from research.processes import (
+    any_process,
     first_alone,
     first_fetching,
     joined_processes,
@@ -177,8 +178,29 @@ def test_a_runtime_error_is_a_loss_only_where_there_are_others(monkeypatch) -> N
     with pytest.raises(Lost, match=r"gone; start .* with --resume, .*\(Gloo AllGather failed: Connection closed"):
         with joined_processes():
             raise gone
-    with pytest.raises(ValueError, match="other"), joined_processes():
-        raise ValueError("other")
+    no_memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+    for own in (ValueError("other"), no_memory):
+        with pytest.raises(type(own), match="other|Out of memory"), joined_processes():
+            raise own
+
+
+def test_an_error_of_one_process_is_raised_on_all(monkeypatch) -> None:
+    """What processes tell each other comes from a list, one answer of two processes a question."""
+    answers = [[[True, False], [False, False]], [[False, False], [False, True]], [[False, True], [True, False]]]
+    asked: list[list[bool]] = []
+
+    def gather(array: np.ndarray) -> np.ndarray:
+        asked.append(array.tolist())
+        return np.array(answers[len(asked) - 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("research.processes.multihost_utils.process_allgather", gather)
+    assert any_process(True)
+    with pytest.raises(UserError, match="process 0 stops because another one failed"):
+        any_process(False)
+    with pytest.raises(OSError, match="full"):
+        any_process(False, OSError("full"))
+    assert asked == [[True, False], [False, False], [False, True]]
 
 
 def test_a_folder_that_is_followed_stays_as_it_is(tmp_path) -> None:

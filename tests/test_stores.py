@@ -97,6 +97,15 @@ def test_a_fetch_that_ends_midway_goes_on(memory: Any, fetch: Fetcher, monkeypat
     assert "2 of 3 files" in fetch.lines[-1]  # the first was there
 
 
+def test_a_folder_holds_nothing_of_what_was_fetched_from_below_it(memory: Any, fetch: Fetcher) -> None:
+    memory.pipe("/bucket/run/10/x", b"old")
+    assert (fetch("memory://bucket/run/10") / "x").read_text() == "old"
+    memory.rm("/bucket/run", recursive=True)
+    memory.pipe("/bucket/run/5/x", b"new")
+    folder = fetch("memory://bucket/run")
+    assert [str(file.relative_to(folder)) for file in folder.rglob("x")] == ["5/x"]
+
+
 def test_mistakes_are_one_line(memory: Any, fetch: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one_line(lambda: fetch("memory://bucket/x")) == "memory://bucket/x: nothing is there"
     assert "nosuch://x can't be opened" in one_line(lambda: fetch("nosuch://x"))

@@ -112,12 +112,13 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if is_loss(error):
             return  # no save can be finished with a process missing
-        try:
+        if kind is None:
             self.wait()
-        except Exception as failure:
-            if kind is None:
-                raise
-            self._report(str(failure))  # the error that ended the block is the one to raise
+        elif self._thread is not None:
+            self._thread.join()  # without a question to the others, who may have no error and ask something else
+            self._thread, failure, self._error = None, self._error, None
+            if failure is not None:
+                self._report(str(failure))  # the error that ended the block is the one to raise
 
     def save(
         self, step: int, items: Mapping[str, PyTree], metadata: Mapping[str, Any], *, score: float | None = None

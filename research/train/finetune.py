@@ -146,11 +146,14 @@ def finetune(
         describe_setup(job.setup, console, table=False)
         trained = _train(job, folder, copy, resume)
         scores = {"foundation": _score_foundation(job), **_score_trained(job, folder, trained.state)}
-        if jax.process_index() == 0:
+
+        def conclude() -> None:
             _conclude(job, folder, trained, scores, started)
             if copy is not None:
                 copy.update()
                 say(console, "Copied", copy.url)
+
+        first_alone(conclude)
     print_commands(
         console,
         next_commands(

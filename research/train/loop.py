@@ -14,7 +14,7 @@ from rich.console import Console
 
 from research.config import Experiment
 from research.errors import UserError
-from research.processes import any_process
+from research.processes import any_process, raise_together
 from research.progress import Progress
 from research.run_folder import MetricsLog
 from research.setup import Setup, put_batch
@@ -71,16 +71,15 @@ def train(
             before, running = running, _Running(done, parts, metrics)
             if done < last:
                 parts, placed = _placed(batches, done, setup)
-            if before is not None:
-                reader.record(done - 1, reader.read(before))
-            stopped = any_process(stop_requested())
+            failure = None if before is None else reader.record(done - 1, reader.read(before))
+            stopped = any_process(stop_requested(), failure)
             validated = validate is not None and _due(done, experiment.evaluation.every_steps, last)
             saved = stopped or _due(done, experiment.checkpoint.every_steps, last)
             if validated or saved or done == first + 1:
                 line, running = reader.read(running), None
                 if validate is not None and validated:
                     line["validation_loss"] = validate(state)
-                reader.record(done, line)
+                raise_together(reader.record(done, line))
                 if saved:
                     save(state, line.get("validation_loss"))
                 reader.speed.resume()
@@ -122,11 +121,18 @@ class _Reader:
         divergence = {"divergence": values.divergence} if self._experiment.train.distill else {}
         return _line(values, self.speed) | divergence
 
-    def record(self, done: int, line: Mapping[str, Any]) -> None:
-        """Log the line of a step if it is due, or holds what is rarely measured."""
+    def record(self, done: int, line: Mapping[str, Any]) -> Exception | None:
+        """Log the line of a step if it is due, or holds what is rarely measured.
+
+        Return what keeps this process from it: the first one alone writes, and if it stops, all have to.
+        """
         experiment = self._experiment
         if _due(done, experiment.logging.every_steps, experiment.train.steps) or "validation_loss" in line:
-            self._log.append(done, line)
+            try:
+                self._log.append(done, line)
+            except Exception as error:
+                return error
+        return None
 
 
 def _due(done: int, every: int, last: int) -> bool:
