@@ -358,7 +358,7 @@ class TrainConfig:
     max_nonfinite: int = 3
     """Skipped non-finite steps in a row after which the run stops."""
     seed: int = 0
-    """Seed of data order and initialisation."""
+    """Seed of the order of the data; what is rounded at random depends on the tensor and the step alone."""
 
     def __post_init__(self) -> None:
         check_types(self, "train.")

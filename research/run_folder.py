@@ -19,7 +19,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,14 +56,6 @@ def plain(value: Any) -> Any:
 def json_line(value: Mapping[str, Any]) -> str:
     """Return `value` as one line of strict JSON, without the line's end."""
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
-
-
-def run_path(run: str, config: Path, root: Path = Path("runs")) -> Path:
-    """Return the folder of the run that is called `run`, or else like the file `config`: runs/<name>."""
-    name = run or config.stem
-    if not re.fullmatch(r"\w[\w.+=-]*", name):
-        raise UserError(f"run name {name!r}: use letters, digits, '_', '-' and '.', as in --config.run=NAME")
-    return root / name
 
 
 def read_config(path: Path) -> str:

@@ -144,6 +144,16 @@ def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:
             )
 
 
+def not_on_grids_yet(rules: Sequence[Rule], updates: int) -> Iterator[str]:
+    """Yield a line for each rule whose weights are not on their grid yet after so many updates."""
+    for rule in rules:
+        if updates < rule.end_step:
+            yield (
+                f"{rule.match!r} is on {rule.weight} from step {rule.end_step} on; after {updates} the run computes"
+                " with other weights, of which these are the nearest codes"
+            )
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Return into how many pieces the rows of a batch are split."""
     return prod(mesh.shape[axis] for axis in ROWS)

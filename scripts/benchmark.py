@@ -30,13 +30,16 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=0, metavar="N", help="predicted of a row (default: all)")
     parser.add_argument("--compare", metavar="A,B", help="variants in turns: base, float, FILE, or field=value;…")
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="generate N tokens, too, from the codes")
-    parser.add_argument("--prompts", type=int, default=1, metavar="B", help="texts that are generated side by side (1)")
+    parser.add_argument("--prompts", type=int, metavar="B", help="with --generate: texts side by side (1)")
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="write a trace; print the most expensive operations"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object an experiment on standard output, no more")
     flags = parse_arguments(parser)
-    if min(flags.steps, flags.prompts) < 1 or min(flags.answer_tokens, flags.generate) < 0:
+    if flags.prompts is not None and not flags.generate:
+        raise UserError("--prompts goes with --generate N")
+    prompts = 1 if flags.prompts is None else flags.prompts
+    if min(flags.steps, prompts) < 1 or min(flags.answer_tokens, flags.generate) < 0:
         raise UserError("--steps and --prompts are 1 or more, --answer-tokens and --generate 0 or more")
     if flags.compare and (len(flags.config) > 1 or flags.generate or flags.profile):
         raise UserError("--compare takes turns between variants of one --config; leave --generate and --profile out")
@@ -68,7 +71,7 @@ def request_of(flags: Namespace, experiment: Experiment) -> Request:
         architecture=load_architecture(experiment.foundation, report=lambda _: None, open_checkpoint=open_checkpoint),
         steps=flags.steps,
         answer_tokens=flags.answer_tokens,
-        prompts=flags.prompts,
+        prompts=flags.prompts or 1,
         generated=flags.generate,
         profile=flags.profile,
         programs=Path(),

@@ -15,7 +15,7 @@ from research.programs import keep_programs
 from research.report import make_console, print_result_line, say
 from research.stores import local_path
 from research.train.open_run import open_trained
-from research.train.serve import OF_FOUNDATION, TO_EVALUATE, serving, with_overrides
+from research.train.serve import OF_FOUNDATION, TO_EVALUATE, TO_SCORE_TEXT, serving, with_overrides
 
 EXAMPLE = "python scripts/evaluate.py --checkpoint runs/int8_tp4 --config.mesh.tensor=2"
 
@@ -58,17 +58,18 @@ def evaluate(flags: Namespace, processes: Processes) -> dict[str, Any]:
 def _experiment(flags: Namespace, trained: Experiment | None) -> Experiment:
     if flags.window is not None and not flags.text:
         raise UserError("--window goes with --text; the windows of a task are the config's task.lengths")
+    may_change = TO_SCORE_TEXT if flags.text else TO_EVALUATE
     if trained is not None:
         if flags.config:
             raise UserError(
                 "--config goes with --foundation; a checkpoint has its own (change fields: --config.mesh.tensor=2)"
             )
-        return with_overrides(trained, flags.overrides, TO_EVALUATE)
+        return with_overrides(trained, flags.overrides, may_change)
     if flags.config:
         return load_experiment(flags.config, flags.overrides)
     if not flags.text:
         raise UserError("--foundation: give what to score, --config FILE (its task) or --text FILE")
-    return with_overrides(Experiment(), flags.overrides, (*TO_EVALUATE, *OF_FOUNDATION))
+    return with_overrides(Experiment(), flags.overrides, (*may_change, *OF_FOUNDATION))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from research.processes import Processes, joined_processes
 from research.programs import keep_programs
 from research.report import make_console, say
 from research.run_folder import CHECKPOINTS
-from research.setup import Setup, setup_of
+from research.setup import Setup, not_on_grids_yet, setup_of
 from research.stores import is_url
 from research.train.export import write_export, write_stored
 from research.train.interchange import (
@@ -75,6 +75,8 @@ def export(flags: Namespace, processes: Processes) -> None:
     mesh = make_mesh(experiment.mesh)
     say(console, "Mesh", describe(mesh))
     setup = setup_of(experiment, opened.architecture, mesh)
+    for line in not_on_grids_yet(experiment.quantization, opened.updates):
+        say(console, "Schedule", line)
     for line in write(opened, setup, output, flags.format, flags.type):
         say(console, "Weights", line)
     if processes.is_first:  # nobody else need see where the files are

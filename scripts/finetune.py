@@ -8,7 +8,7 @@ from pathlib import Path  # noqa: E402
 
 from research.command_line import make_parser, parse_arguments  # noqa: E402
 from research.config_file import load_experiment  # noqa: E402
-from research.errors import run_script  # noqa: E402
+from research.errors import UserError, run_script  # noqa: E402
 from research.mesh import prepare_devices  # noqa: E402
 from research.processes import joined_processes  # noqa: E402
 from research.programs import keep_programs  # noqa: E402
@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="show coverage, mesh, padding and memory; train nothing")
     flags = parse_arguments(parser)
+    if flags.dry_run and flags.resume:
+        raise UserError("--dry-run reads no run, so --resume has no effect; leave one of them out")
     experiment = load_experiment(flags.config, flags.overrides)
     overrides = [f"--config.{name}={value}" for name, value in flags.overrides.items()]
     with joined_processes() as processes:

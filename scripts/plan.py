@@ -15,6 +15,9 @@ from research.plan.command import Request, device_count, plan_experiment
 from research.processes import require_one_process
 from research.report import make_console, print_result_line
 
+COMPILED = 3
+"""Meshes of a sweep that are compiled, unless told."""
+
 
 def main() -> None:
     """Parse the command line, plan, print."""
@@ -24,7 +27,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=0, metavar="N", help="devices (default: those of the mesh)")
     parser.add_argument("--topology", default="", metavar="KIND:SHAPE", help="compile for it: v5e:4x4, h100:4x8, …")
     parser.add_argument("--hardware", default="", metavar="KIND", help="predict times for it: h100, v5e, …")
-    parser.add_argument("--compile", type=int, default=3, metavar="K", help="with --sweep: compile the best K (3)")
+    parser.add_argument("--compile", type=int, metavar="K", help=f"with --sweep: compile the best K ({COMPILED})")
     parser.add_argument("--measure", action="store_true", help="run a few steps: predicted beside measured")
     parser.add_argument("--answer-tokens", type=int, default=8, metavar="N", help="tokens predicted in a row (8)")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="write memory and time as a picture")
@@ -32,7 +35,9 @@ def main() -> None:
     flags = parse_arguments(parser)
     if flags.measure and (flags.topology or flags.hardware):
         raise UserError("--measure runs on the devices present; leave --topology and --hardware out")
-    if min(flags.devices, flags.compile) < 0 or flags.answer_tokens < 1:
+    if flags.compile is not None and not flags.sweep:
+        raise UserError("--compile goes with --sweep; the mesh of a config is compiled anyway")
+    if min(flags.devices, flags.compile or 0) < 0 or flags.answer_tokens < 1:
         raise UserError("--devices and --compile are 0 or more, --answer-tokens 1 or more")
     require_one_process("plan.py")
     experiment = load_experiment(flags.config, flags.overrides)
@@ -41,7 +46,7 @@ def main() -> None:
         topology=flags.topology,
         hardware=flags.hardware,
         sweep=flags.sweep,
-        compile=flags.compile,
+        compile=COMPILED if flags.compile is None else flags.compile,
         measure=flags.measure,
         answer_tokens=flags.answer_tokens,
     )

@@ -141,6 +141,8 @@ def test_a_benchmark_of_an_experiment(call: Call, tmp_path: Path) -> None:
     ("flags", "part"),
     (
         (("--steps", "0"), "--steps and --prompts are 1 or more"),
+        (("--generate", "3", "--prompts", "0"), "--steps and --prompts are 1 or more"),
+        (("--prompts", "2"), "--prompts goes with --generate"),
         (("--compare", "base,float", "--generate", "3"), "leave --generate and --profile out"),
         (("--compare", "base,fp8"), "--compare 'fp8'"),
         (("--compare", "base,train.unrol=3"), "unrol"),

@@ -33,6 +33,7 @@ FLAGS = {
     "no foundation in a directory": ("--config.foundation=.", "holds neither config.json"),
     "a file that is no foundation": ("--config.foundation=messages.jsonl", "messages.jsonl"),
     "missing data": ("--config.task.path=message.jsonl", "did you mean 'messages.jsonl'"),
+    "a dry run that resumes": ("--dry-run --resume", "--dry-run reads no run, so --resume has no effect"),
     "no run to resume": ("--resume", "runs/bad holds no run"),
     "name out of runs/": ("--config.run=../elsewhere", "give the name of a folder below runs/"),
     "lengths too small": ("--config.task.lengths=4,8", "task.lengths"),

@@ -80,6 +80,7 @@ def test_a_shape_without_weights_is_planned_not_trained(call: Call, tmp_path: Pa
         (("--hardware", "h10"), ("hardware 'h10' is not in the table", "did you mean 'h100'")),
         (("--config.foundation=architecture:lama-3-8b",), ("did you mean 'llama-3-8b'",)),
         (("--config.train.batch_size=6", "--config.mesh.data=2", "--config.train.accumulate=2"), ("don't divide",)),
+        (("--compile", "2"), ("--compile goes with --sweep",)),
         (("--devices", "-1"), ("--devices and --compile are 0 or more",)),
     ),
     ids=lambda value: value[0],

@@ -1,6 +1,5 @@
 """A checkpoint goes to meshes with another padding and back, and not a bit of it changes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from checkpoints import bits, one_line, save, special
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from research.padding import AxisPadding, Padding
-from research.train.checkpoint import load_repadded, padding_from_json, padding_to_json
+from research.train.checkpoint import load_repadded
 
 P = PartitionSpec
 MeshOf = Callable[..., Mesh]
@@ -112,12 +111,3 @@ def test_paddings_that_do_not_fit_are_one_line(tmp_path: Path, mesh_of: MeshOf) 
     assert "expected as [16, 2] ([9, 2] padded to [20, 2])" in failure(9, 9, 20)
     target = {"b": target["a"]}
     assert "b is not in it" in failure(9, 9)
-
-
-def test_paddings_survive_json() -> None:
-    for name in ("codes", "mu"):
-        padding = padding_on(name, 4)
-        assert padding is not None
-        assert padding_from_json(json.loads(json.dumps(padding_to_json(padding)))) == padding
-    for wrong in (None, [[1, 2]], [[[3], [4, 1]]], [[["x"], [1]]]):
-        assert "is not [[logical, padded], …]" in one_line(lambda wrong=wrong: padding_from_json(wrong))

@@ -23,7 +23,6 @@ from research.run_folder import (
     json_line,
     read_config,
     read_metrics,
-    run_path,
     write_atomically,
 )
 
@@ -47,14 +46,6 @@ def log_steps(folder: RunFolder, steps: range, after: int = 0, *, tensorboard: b
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
-def test_names_of_runs() -> None:
-    assert run_path("", Path("configs/int8_tp4.py")) == Path("runs/int8_tp4")
-    assert run_path("my.run-2", Path("configs/int8_tp4.py"), Path("/x")) == Path("/x/my.run-2")
-    for name in ("../up", "a/b", "..", ".hidden", "-flag", "two words", "a\n"):
-        with pytest.raises(UserError, match="--config.run=NAME"):
-            run_path(name, Path("configs/int8_tp4.py"))
 
 
 def test_create_writes_the_config_and_refuses_a_second_run(folder: RunFolder) -> None:

@@ -340,6 +340,10 @@ def test_mistakes_with_models(folder: Path, trained: tuple[Path, Done], call: Ca
         ("--checkpoint runs/tiny --window 3", "--window goes with --text"),
         ("--checkpoint runs/tiny --config.train.steps=3", "--config.train.steps can't be changed here"),
         ("--checkpoint runs/tiny --text missing.txt", "--text missing.txt"),
+        (
+            "--checkpoint runs/tiny --text missing.txt --config.evaluation.batch_size=2",
+            "--config.evaluation.batch_size can't be changed here",
+        ),
         ("--foundation x", "give what to score"),
         ("--config tiny.py", "--checkpoint --foundation is required"),
     ):

@@ -29,6 +29,7 @@ from research.train.state import (
     architecture_of,
     checkpoint_items,
     checkpoint_metadata,
+    describe_change,
     encoded_weights,
     question,
     require_same_run,
@@ -188,6 +189,9 @@ def test_metadata_survives_json() -> None:
     assert metadata["mesh"] == dict.fromkeys(AXES, 1) | {"tensor": 4} and metadata["versions"]["jax"] == jax.__version__
     assert question(TASK).items() <= metadata["task"].items()
     require_same_run(metadata, begun, TASK)  # raises nothing
+    assert describe_change(metadata, begun) == ""
+    told = describe_change(metadata, replace(begun, source="elsewhere"))
+    assert told == f"the foundation was {begun.source} when the run began, and is elsewhere now"
 
 
 def test_a_run_does_not_go_on_with_other_data_or_another_foundation() -> None:

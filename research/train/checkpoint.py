@@ -40,8 +40,6 @@ from research.train.manifest import (
 from research.train.repadding import (
     Paddings,
     padding_changes,
-    padding_from_json,
-    padding_to_json,
     repad,
     sharding_of_shape,
 )
@@ -52,8 +50,6 @@ __all__ = [  # all that the rest of the framework needs of a checkpoint
     "load",
     "load_repadded",
     "newest_whole",
-    "padding_from_json",
-    "padding_to_json",
     "read_manifest",
     "read_metadata",
     "verify",

@@ -54,6 +54,7 @@ from research.train.run_copy import RunCopy
 from research.train.state import (
     checkpoint_items,
     checkpoint_metadata,
+    describe_change,
     encoded_weights,
     progress_of,
     require_same_run,
@@ -293,6 +294,8 @@ def _restored(job: Job, folder: RunFolder, tx: Any) -> TrainState | None:
         return None
     metadata, steps = read_metadata(path), job.experiment.train.steps
     require_same_run(metadata, job.start, job.examples.task)
+    if changed := describe_change(metadata, job.start):
+        say(job.console, "Resume", changed)
     if metadata["step"] > steps:
         raise UserError(
             f"--resume with train.steps={steps}: the run has done {metadata['step']} steps; give as many or more"

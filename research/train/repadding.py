@@ -11,27 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from research.errors import UserError
-from research.padding import AxisPadding, Padding
+from research.padding import Padding
 from research.train.manifest import Leaf
 
 Paddings = Mapping[str, Padding] | Callable[[str], Padding | None]
 Changes = Mapping[str, tuple[Padding, Padding]]  # leaf path → saved padding, target padding
-
-
-def padding_to_json(padding: Padding) -> list[list[list[int]]]:
-    """Return a padding as JSON: per axis the factors of the logical and those of the padded size."""
-    return [[list(axis.logical), list(axis.padded)] for axis in padding.axes]
-
-
-def padding_from_json(value: Any) -> Padding:
-    """Return the padding that `padding_to_json` gave."""
-    try:
-        axes = tuple(AxisPadding(tuple(map(int, logical)), tuple(map(int, padded))) for logical, padded in value)
-        if any(len(axis.logical) != len(axis.padded) for axis in axes):
-            raise ValueError("factorisations of different length")
-    except (TypeError, ValueError):
-        raise UserError(f"padding {value!r} in a checkpoint's metadata is not [[logical, padded], …]") from None
-    return Padding(axes)
 
 
 def padding_changes(

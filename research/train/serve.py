@@ -16,7 +16,7 @@ from research.foundation import load_foundation
 from research.mesh import describe, make_mesh
 from research.model.placement import place_float
 from research.report import say
-from research.setup import Setup, make_setup, setup_of
+from research.setup import Setup, make_setup, not_on_grids_yet, setup_of
 from research.tokenizer import Tokenizer
 from research.train.open_run import Opened, open_checkpoint
 from research.train.state import serving_weights
@@ -46,6 +46,9 @@ def serving(source: Opened | str, experiment: Experiment, console: Console) -> I
         else:
             served = serve_foundation(source, experiment, mesh, lambda line: say(console, "Data", line))
         say(console, "Model", served.name)
+        if isinstance(source, Opened):
+            for line in not_on_grids_yet(source.experiment.quantization, source.updates):
+                say(console, "Schedule", line)
         yield served
 
 
@@ -66,7 +69,8 @@ def serve_foundation(name: str, experiment: Experiment, mesh: Mesh, report: Call
 # What may be changed of an experiment where a model is only used; other fields would change the model, or nothing.
 TO_EXPORT = ("mesh",)
 TO_GENERATE = (*TO_EXPORT, "train.unroll")
-TO_EVALUATE = (*TO_GENERATE, "train.loss_chunk", "evaluation", "task.test_examples")
+TO_SCORE_TEXT = (*TO_GENERATE, "train.loss_chunk")
+TO_EVALUATE = (*TO_SCORE_TEXT, "evaluation", "task.test_examples")
 OF_FOUNDATION = ("train.compute_dtype", "kv_cache")
 
 

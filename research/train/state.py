@@ -95,7 +95,7 @@ def question(task: Task) -> dict[str, Any]:
 
 
 def require_same_run(metadata: Mapping[str, Any], foundation: Foundation, task: Task) -> None:
-    """Raise `UserError` if a run would go on with another foundation or other data than it began with.
+    """Raise `UserError` if a run would go on with a model of another shape or other data than it began with.
 
     The config can't tell: it names them, and what is behind the name may have changed.
     """
@@ -106,6 +106,16 @@ def require_same_run(metadata: Mapping[str, Any], foundation: Foundation, task: 
             f"--resume: the data of task {task.name} has changed since the run began; restore it, or start another run"
             " with --config.run=NAME"
         )
+
+
+def describe_change(metadata: Mapping[str, Any], foundation: Foundation) -> str:
+    """Return what has become of the foundation since a run began, nothing where it is from where it was.
+
+    The run has its own weights; the teacher and what results are compared with are read anew.
+    """
+    if metadata["foundation"] == foundation.source:
+        return ""
+    return f"the foundation was {metadata['foundation']} when the run began, and is {foundation.source} now"
 
 
 def architecture_of(metadata: Mapping[str, Any]) -> Architecture:
