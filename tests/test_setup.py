@@ -9,7 +9,15 @@ from jax.sharding import PartitionSpec
 from research.config import Experiment, MeshConfig, Rule, TrainConfig
 from research.mesh import make_mesh
 from research.quant.grid import GRIDS
-from research.setup import batch_ways, make_setup, put_batch, require_batch_fits, setup_of, unreached_grids
+from research.setup import (
+    batch_ways,
+    make_setup,
+    not_on_grids_yet,
+    put_batch,
+    require_batch_fits,
+    setup_of,
+    unreached_grids,
+)
 
 
 def test_a_setup_joins_padding_formats_and_activations() -> None:
@@ -59,6 +67,13 @@ def test_a_run_that_ends_before_a_rule_s_last_grid_is_told_so() -> None:
     ]
     (line,) = unreached_grids(rules[:2], 19)
     assert "train.steps=19 ends before 'b' is on int2, which begins at step 20; give 20 steps" in line
+
+
+def test_weights_that_are_not_on_their_grid_yet_are_told() -> None:
+    rules = (Rule(match="a", weight="int8"), Rule(match="b", weight="int4", end_step=20))
+    assert [len(list(not_on_grids_yet(rules, updates))) for updates in (0, 19, 20)] == [1, 1, 0]
+    (line,) = not_on_grids_yet(rules, 19)
+    assert line.startswith("'b' is on int4 from step 20 on; after 19 the run computes with other weights")
 
 
 @pytest.mark.parametrize(
