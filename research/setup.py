@@ -22,6 +22,7 @@ from research.model.transformer import graph_of, make_settings
 from research.quant.activations import group_size
 from research.quant.grid import GRIDS
 from research.quant.policy import Format, Policy
+from research.quant.rules import check_effect
 from research.tasks.batches import Batch, most_texts, reordered
 
 
@@ -131,6 +132,22 @@ def _check_kernel(settings: Settings, formats: Mapping[str, Format], mesh: Mesh)
 def axis_rules_of(train: TrainConfig) -> AxisRules:
     """Return what is split over which mesh axes in training."""
     return AxisRules(latents=LATENT_OVER_DATA) if train.zero else AxisRules()
+
+
+def require_effects(policy: Policy) -> None:
+    """Raise `UserError` for a rule, or a field of one, that says nothing about any parameter of the model.
+
+    Of a run that begins: what was trained so can be opened.
+    """
+    for rule in policy.rules:
+        check_effect(rule)
+        first = [path for path in policy.leaves if policy.rule(path) is rule]
+        says_float = GRIDS[rule.weight].is_identity and rule.activation == "none"
+        if not says_float and not any(policy.leaves[path].is_multiplied for path in first):
+            raise UserError(
+                f"quantization rule match={rule.match!r} would have no effect: {first[0]} stays float, as all norms and"
+                " routers do, and it is the first match of nothing else; leave it out"
+            )
 
 
 def unreached_grids(rules: Sequence[Rule], steps: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from research.setup import (
     not_on_grids_yet,
     put_batch,
     require_batch_fits,
+    require_effects,
     setup_of,
     unreached_grids,
 )
@@ -37,6 +38,15 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
     mesh = make_mesh(MeshConfig())
     rules = (Rule(match="layers/mpl/.*", weight="int8"),)
     assert "layers/mpl" in one_line(lambda: make_setup(tiny.ARCHITECTURE, rules, tiny.TRAIN, mesh))
+
+
+def test_a_rule_that_matches_nothing_but_floats_is_an_error_of_a_run_that_begins() -> None:
+    mesh, rest = make_mesh(MeshConfig()), Rule(match=".*", weight="int8")
+    for rule in (Rule(match=".*norm/.*", weight="int8"), Rule(match=".*norm/.*", activation="int8")):
+        setup = make_setup(tiny.ARCHITECTURE, (rule, rest), tiny.TRAIN, mesh)
+        line = one_line(lambda setup=setup: require_effects(setup.policy))
+        assert "match='.*norm/.*' would have no effect" in line and "stays float" in line
+    require_effects(make_setup(tiny.ARCHITECTURE, (Rule(match=".*norm/.*"), rest), tiny.TRAIN, mesh).policy)
 
 
 def test_options_of_training_reach_the_model() -> None:

@@ -1,7 +1,7 @@
 """Rules: which tensor gets which grid, and the table that shows it. A rule that matches nothing is an error."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -35,6 +35,11 @@ class Leaf:
     padding: Padding | None = None
     is_router: bool = False
     """Whether it decides which other weights are used: then it stays float, whatever rule matches it."""
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether a product runs over it that may be rounded."""
+        return bool(self.contract) and not self.is_router
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,17 @@ class Policy:
         """Return the format of every parameter that is quantized, by path.
 
         Vectors and scalars (norms, biases) and routers stay float whatever matches them. Raises `UserError` for a rule
-        that no path matches, or nothing but what stays float, and for a granularity that the shape or the mesh does not
-        allow.
+        that no path matches, and for a granularity that the shape or the mesh does not allow.
         """
         matched = {path: rule for path in shapes if (rule := self.rule(path)) is not None}
         unseen = dict.fromkeys(shapes)
         for rule in self.rules:
             first = [path for path in unseen if re.fullmatch(rule.match, path)]
-            self._require_matches(rule, first, shapes)
+            if not first:
+                raise UserError(
+                    f"quantization rule match={rule.match!r} is the first match of no parameter"
+                    + nearest(rule.match, shapes)
+                )
             unseen = {path: None for path in unseen if path not in first}
         formats = {}
         for path, rule in matched.items():
@@ -103,21 +111,6 @@ class Policy:
                 continue
             formats[path] = _format(path, shapes[path], rule, grid, leaf)
         return formats
-
-    def _require_matches(self, rule: Rule, paths: Sequence[str], shapes: Mapping[str, Shape]) -> None:
-        """Raise `UserError` unless `rule`, the first match of `paths`, says something of one of them."""
-        if not paths:
-            raise UserError(
-                f"quantization rule match={rule.match!r} is the first match of no parameter"
-                + nearest(rule.match, shapes)
-            )
-        leaves = {path: _leaf(path, shapes[path], rule, self.leaves.get(path)) for path in paths}
-        says_float = GRIDS[rule.weight].is_identity and rule.activation == "none"
-        if not says_float and not any(_is_matrix(leaf, shapes[path]) for path, leaf in leaves.items()):
-            raise UserError(
-                f"quantization rule match={rule.match!r} would have no effect: {paths[0]} stays float, as all norms,"
-                " biases and routers do, and it is the first match of nothing else; leave it out"
-            )
 
     def activation(self, path: str) -> str:
         """Return the grid of the activation that the weight at `path` multiplies, as in `Rule.activation`."""
@@ -167,7 +160,7 @@ def _leaf(path: str, shape: Shape, rule: Rule, leaf: Leaf | None) -> Leaf | None
 
 def _is_matrix(leaf: Leaf | None, shape: Shape) -> bool:
     """Whether a product runs over the tensor that may be rounded; stacked vectors [l, d] are vectors."""
-    return len(shape) >= 2 and (leaf is None or (bool(leaf.contract) and not leaf.is_router))
+    return len(shape) >= 2 and (leaf is None or leaf.is_multiplied)
 
 
 def _known(leaf: Leaf | None, path: str, shape: Shape) -> Leaf:

@@ -1,7 +1,7 @@
 """What a rule of a policy can't say by itself, whatever the model: each complaint in one line, with a remedy."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import chain
 
@@ -22,10 +22,18 @@ def check(rule: Rule) -> None:
         _about_scale(rule),
         _about_groups(rule),
         _about_learning(rule),
-        _about_effect(rule),
         _about_backward(rule),
         _about_schedule(rule),
     )
+    _raise_first(rule, complaints)
+
+
+def check_effect(rule: Rule) -> None:
+    """Raise `UserError` for a field that says nothing about a tensor on the grid of `rule`: a config's mistake."""
+    _raise_first(rule, _about_effect(rule))
+
+
+def _raise_first(rule: Rule, complaints: Iterable[str]) -> None:
     for complaint in complaints:
         raise UserError(f"quantization rule {rule.match!r}: {complaint}")
 

@@ -38,7 +38,7 @@ from research.report import (
 )
 from research.results import ModelResult, Results, Summary, prediction_lines
 from research.run_folder import CONFIG, RunFolder, read_config, read_metrics
-from research.setup import Setup, batch_ways, make_setup, require_batch_fits, setup_of, whole_rows
+from research.setup import Setup, batch_ways, make_setup, require_batch_fits, require_effects, setup_of, whole_rows
 from research.tasks.batches import ScoringBatch, label_rows, scoring_batches, training_batches
 from research.tasks.scores import score_labels, score_majority
 from research.tasks.task import SPLITS
@@ -119,6 +119,7 @@ def prepare(experiment: Experiment, console: Console) -> Job:
     examples = load_examples(experiment.task, foundation.tokenizer, console, SPLITS, report)
     download_seconds = time.monotonic() - started if fetched else 0.0
     setup = setup_of(experiment, start.architecture, mesh)
+    require_effects(setup.policy)
     if whole := describe_positions(experiment.task.lengths, mesh.shape):
         say(console, "Positions", whole)
     if stages := describe_pipeline(experiment.train.batch_size // experiment.train.accumulate, mesh.shape):
