@@ -20,9 +20,11 @@ from research.model.attention import Sight, in_order
 from research.model.for_tokens import Unstacked, laid_out_for_tokens
 from research.model.generate import Sampling, generate, generate_batch
 from research.model.layers import Block
+from research.model.placement import owner
 from research.model.product import ColumnsFirst
 from research.model.transformer import causal
 from research.quant.grid import GRIDS
+from research.quant.policy import leaves_by_path
 
 pytestmark = pytest.mark.optimized
 
@@ -100,14 +102,17 @@ def test_cached_logits_are_those_without_a_cache(policy: str, kv_cache: str) -> 
     assert np.abs(np.concatenate(found) - expected_tv).max() < 5e-6 * np.abs(expected_tv).max()
 
 
-def _laid_out(model: tiny.Tiny, unroll: int = 1) -> dict[str, Any]:
+def _laid_out(model: tiny.Tiny) -> dict[str, Any]:
     """A copy of the model's weights, as generation likes them."""
-    return laid_out_for_tokens(replace(model.settings, unroll=unroll), jax.tree.map(jnp.copy, model.served))
+    return laid_out_for_tokens(model.settings, jax.tree.map(jnp.copy, model.served))
 
 
 def _with_weights_of_their_own(model: tiny.Tiny) -> dict[str, Any]:
     """The model's weights, unstacked."""
-    return _laid_out(model, unroll=2)
+    stacks = jax.tree.map(jnp.copy, model.served)
+    weights = laid_out_for_tokens(replace(model.settings, unroll=2), stacks)
+    assert all(x.is_deleted() for x in jax.tree.leaves(stacks["layers"]))
+    return weights
 
 
 def _leaves(tree: Any, kind: type) -> list[Any]:
@@ -120,12 +125,6 @@ def test_only_layers_that_are_unrolled_have_weights_of_their_own(w8a8: tiny.Tiny
     layers = jax.tree.leaves(weights.pop("layers"), is_leaf=lambda x: isinstance(x, Unstacked))
     assert {len(x.arrays) for x in layers} == {2}
     jax.tree.map(np.testing.assert_array_equal, weights, {name: w8a8.served[name] for name in weights})
-
-
-def test_stacks_are_deleted_as_they_are_laid_out_anew(w8a8: tiny.Tiny) -> None:
-    stacks = jax.tree.map(jnp.copy, w8a8.served)
-    laid_out_for_tokens(replace(w8a8.settings, unroll=2), stacks)
-    assert all(x.is_deleted() for x in jax.tree.leaves(stacks["layers"]))
 
 
 MULTIPLIED_AS_INTEGERS = (
@@ -248,9 +247,12 @@ def test_meshes_draw_the_same_tokens_and_split_the_cache(
         found = _greedy(sharded, PROMPT, 10, sampling=DRAWN, seed=3)
         apart = _with_weights_of_their_own(sharded)
         again = list(generate(sharded.graph, apart, PROMPT, max_tokens=10, sampling=DRAWN, seed=3))
-    for whole, x in zip(jax.tree.leaves(sharded.served["layers"]), jax.tree.leaves(apart["layers"])[::2], strict=True):
-        _, *shard = whole.sharding.shard_shape(whole.shape)
-        assert sorted(x.sharding.shard_shape(x.shape)) == sorted(shard)
+    stacks = leaves_by_path({"layers": sharded.served["layers"]})
+    for (path, whole), x in zip(stacks.items(), jax.tree.leaves(apart["layers"])[::2], strict=True):
+        shard, parameter = whole.sharding.shard_shape(whole.shape), owner(path, sharded.settings.table)
+        assert parameter is not None
+        axes = sorted(range(1, whole.ndim), key=lambda axis: parameter.axes[axis] in parameter.contract)
+        assert x.sharding.shard_shape(x.shape) == tuple(shard[axis] for axis in axes)
     for part in jax.tree.leaves([caches[0], caches[-1]]):
         *split, width = part.shape
         assert split == [2, 2, 64, 4]  # two layers, a row for each of fsdp=2, two kv heads for four devices

@@ -1,5 +1,6 @@
 """Layers in stages give the numbers of one device, whatever their number; a stage holds its own and hands rows on."""
 
+import operator
 import re
 from dataclasses import replace
 from typing import Any
@@ -89,7 +90,9 @@ def _tokens(architecture: Architecture, mesh: Any, kv_cache: str | None) -> list
     model = tiny_models.make(architecture, tiny_models.FLOAT, mesh, kv_grid=GRIDS.get(kv_cache or ""))
     with jax.set_mesh(mesh or make_mesh(MeshConfig())):
         settings = replace(model.settings, unroll=architecture.layers)
-        served = laid_out_for_tokens(settings, jax.tree.map(jnp.copy, model.served))
+        stacks = jax.tree.map(jnp.copy, model.served)
+        served = laid_out_for_tokens(settings, stacks)
         leaves = jax.tree.leaves(served, is_leaf=lambda x: isinstance(x, Unstacked))
         assert any(isinstance(x, Unstacked) for x in leaves) == (mesh is None)
+        assert mesh is None or all(map(operator.is_, leaves, jax.tree.leaves(stacks)))
         return list(generate(model.graph, served, [3, 1, 4, 1, 5], max_tokens=8))

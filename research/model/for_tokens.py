@@ -59,14 +59,12 @@ def _order(parameter: Parameter) -> tuple[int, ...]:
     return tuple(sorted(range(len(parameter.axes)), key=lambda axis: parameter.axes[axis] in parameter.contract))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Unstacked:
     """In the place of an array with a leading `l`: one for each layer."""
 
     arrays: tuple[jax.Array, ...]
-
-
-jax.tree_util.register_dataclass(Unstacked, data_fields=["arrays"], meta_fields=[])
 
 
 def _unstack(x: jax.Array) -> Unstacked:

@@ -47,7 +47,7 @@ def serving(source: Opened | str, experiment: Experiment, console: Console) -> I
             served = serve_foundation(source, experiment, mesh, lambda line: say(console, "Data", line))
         say(console, "Model", served.name)
         if isinstance(source, Opened):
-            for line in not_on_grids_yet(source.experiment.quantization, source.updates):
+            for line in not_on_grids_yet(experiment.quantization, source.updates):
                 say(console, "Schedule", line)
         yield served
 
